@@ -1,0 +1,62 @@
+/*
+ * internal.h - what the files of the C core say to each other. Nothing here is exported.
+ *
+ * The way of a call: attention.c -> check.c (is it right?) -> plan.c (what will run?) -> a CPU kernel or a
+ * CUDA launcher. error.c holds the words, device.c the facts.
+ */
+#ifndef FC_INTERNAL_H
+#define FC_INTERNAL_H
+
+#include <stdbool.h>
+
+#include "kernels.h"
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(hidden)
+#define FC_PRINTF(index, first) __attribute__((format(printf, index, first)))
+#else
+#define FC_PRINTF(index, first)
+#endif
+
+/* error.c: stores the words for fc_last_error and returns the status, so that callers can write
+ * `return fc_fail(FC_INVALID, "...")`. */
+fc_status fc_fail(fc_status status, const char *format, ...) FC_PRINTF(2, 3);
+const char *fc_dtype_name(int32_t dtype);  /* "float16"; "unknown" outside the enum */
+int32_t fc_dtype_bytes(int32_t dtype);     /* 0 outside the enum */
+
+/* check.c: applies every rule. On FC_OK, *problem is a full-size copy of *given with defaults filled
+ * in, and *args is it resolved for a kernel. */
+fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attention_problem *problem,
+                   fc_forward_args *args);
+/* Copies a public struct that begins with its size into one of ours, per the growth rule of flashcore.h. */
+fc_status fc_copy_struct(const char *name, const void *given, void *ours, uint64_t our_size, uint64_t least_size);
+
+/* plan.c: pure. */
+typedef struct fc_kernel {
+    const char *name;             /* "portable_float16_d64_any", "cpu_avx2" */
+    const char *family;           /* "portable", "cpu" */
+    fc_forward_launcher launcher; /* CUDA; NULL for CPU kernels */
+    int32_t device_type;
+    int32_t dtype;                /* FC_NONE: every dtype */
+    int32_t head_dim;             /* the largest it serves */
+    int32_t block_m, block_n, threads;
+    const char *arch;             /* CUDA: least compute capability, "75", or "90a": that one alone; CPU: least isa */
+    const char *mask;             /* "any", "full", "causal", "general" */
+} fc_kernel;
+extern const fc_kernel fc_kernels[];
+extern const int32_t fc_num_kernels;
+fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                          fc_plan *plan);
+int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device, const fc_plan *plan,
+                char *buffer, size_t size);
+
+/* device.c */
+fc_status fc_device_enter(int32_t device_id, int32_t *previous); /* makes a CUDA device current */
+void fc_device_leave(int32_t device_id, int32_t previous);
+fc_status fc_cuda_fail(int error, const char *doing); /* FC_OK for 0, else an fc_fail that names the error */
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#endif /* FC_INTERNAL_H */

@@ -1,0 +1,222 @@
+/*
+ * plan.c - everything that is a choice, and nothing else decides: problem + device facts -> plan.
+ *
+ * Pure: it reads no clock, no environment and no device; facts come in as a struct, so every decision is
+ * tested without a GPU. A kernel is a row of the table below (CUDA rows come from kernels/variants.def); the
+ * first row that serves the problem is taken, so faster families stand before slower ones.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "internal.h"
+
+#ifndef FC_CUDA_ARCHS
+#define FC_CUDA_ARCHS "" /* setup.py gives "80 90a 75+PTX", say */
+#endif
+
+#define CPU_KERNEL(name, isa) {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, "any"}
+
+/* Lets the table below turn the dtype column of variants.def into the enum. */
+enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
+
+const fc_kernel fc_kernels[] = {
+#if defined(__x86_64__)
+    CPU_KERNEL("avx512", "2"),
+    CPU_KERNEL("avx2", "1"),
+#endif
+    CPU_KERNEL("baseline", "0"),
+#ifdef FC_WITH_CUDA
+#define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
+    {#family "_" #dtype "_d" #head_dim "_" #mask, #family, fc_##family##_forward_##dtype##_d##head_dim##_##mask,       \
+     FC_CUDA, dtype_##dtype, head_dim, block_m, block_n, threads, #arch, #mask},
+#include "variants.def"
+#undef FC_VARIANT
+#endif
+};
+const int32_t fc_num_kernels = sizeof fc_kernels / sizeof fc_kernels[0];
+
+int32_t fc_kernel_count(void) { return fc_num_kernels; }
+
+const char *fc_kernel_name(int32_t kernel)
+{
+    return kernel >= 0 && kernel < fc_num_kernels ? fc_kernels[kernel].name : NULL;
+}
+
+const char *fc_cuda_archs(void) { return FC_CUDA_ARCHS; }
+
+/* Which masks a problem needs: full, causal, or general for everything else. */
+static const char *mask_class(const fc_forward_args *args)
+{
+    bool options = args->softcap != 0 || args->attn_mask.dtype != FC_NONE || args->alibi_slopes.dtype != FC_NONE ||
+                   args->sinks.dtype != FC_NONE;
+    if (options || args->band_left > -args->seqlen_q + 1) return "general";
+    return args->band_right >= args->seqlen_k - 1 ? "full" : "causal";
+}
+
+/* Is there code in this build that a device of this capability can run for a row of this arch? */
+static bool is_built_for(const char *row_arch, int32_t capability)
+{
+    int32_t row = (int32_t)strtol(row_arch, NULL, 10);
+    bool exact = row_arch[strlen(row_arch) - 1] == 'a';
+    for (const char *next = FC_CUDA_ARCHS; *next != '\0'; next += strcspn(next, " "), next += strspn(next, " ")) {
+        char *end;
+        int32_t built = (int32_t)strtol(next, &end, 10);
+        bool ptx = *end == '+'; /* the driver compiles it for any later device */
+        bool same_major = built / 10 == capability / 10;
+        if (*end == 'a' || exact) {
+            if (*end == 'a' && built == capability && (exact ? built == row : built >= row)) return true;
+        } else if (built >= row && built <= capability && (ptx || same_major)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool name_matches(const fc_kernel *kernel, const char *forced)
+{
+    return forced == NULL || strcmp(forced, kernel->name) == 0 || strcmp(forced, kernel->family) == 0;
+}
+
+static bool runs_on(const fc_kernel *kernel, const fc_device *device)
+{
+    if (kernel->device_type != device->type) return false;
+    return device->type == FC_CPU ? device->isa >= strtol(kernel->arch, NULL, 10)
+                                  : is_built_for(kernel->arch, device->compute_capability);
+}
+
+static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args)
+{
+    if (kernel->dtype != FC_NONE && kernel->dtype != args->query.dtype) return false;
+    if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
+    if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
+    if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
+    return strcmp(kernel->mask, "any") == 0 || strcmp(kernel->mask, mask_class(args)) == 0;
+}
+
+/* Adds an item to a list in words, once; a full buffer keeps what it has. */
+static void append(char *list, size_t size, const char *item)
+{
+    size_t used = strlen(list);
+    if (strstr(list, item) == NULL) snprintf(list + used, size - used, "%s%s", used ? ", " : "", item);
+}
+
+/* No row serves: says which condition failed last, and what is there. */
+static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device)
+{
+    char there[512] = "";
+    bool any_device = false, any_forced = false;
+    for (int32_t i = 0; i < fc_num_kernels; i++) {
+        const fc_kernel *kernel = &fc_kernels[i];
+        if (!runs_on(kernel, device)) continue;
+        any_device = true;
+        if (!name_matches(kernel, p->kernel)) continue;
+        any_forced = true;
+    }
+    const char *where = device->type == FC_CPU ? "the CPU" : "this GPU";
+    if (!any_device)
+        return fc_fail(FC_UNSUPPORTED,
+                       "no kernel of this build runs on compute capability %d.%d; it was built for: %s. Rebuild with "
+                       "FLASHCORE_CUDA_ARCHS=%d",
+                       device->compute_capability / 10, device->compute_capability % 10,
+                       FC_CUDA_ARCHS[0] ? FC_CUDA_ARCHS : "no GPU", device->compute_capability);
+    if (!any_forced) {
+        for (int32_t i = 0; i < fc_num_kernels; i++)
+            if (runs_on(&fc_kernels[i], device)) append(there, sizeof there, fc_kernels[i].name);
+        return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s", p->kernel, where,
+                       there);
+    }
+    if (p->block_m != 0 || p->block_n != 0) {
+        fc_attention_problem any_block = *p;
+        any_block.block_m = any_block.block_n = 0;
+        for (int32_t i = 0; i < fc_num_kernels; i++) {
+            const fc_kernel *kernel = &fc_kernels[i];
+            if (!runs_on(kernel, device) || !name_matches(kernel, p->kernel) || !serves(kernel, &any_block, args)) continue;
+            char pair[32];
+            snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
+            append(there, sizeof there, pair);
+        }
+        if (there[0])
+            return fc_fail(FC_INVALID, "block_m=%d, block_n=%d: no such tile for this problem on %s; there are (block_m, block_n): %s; "
+                                       "0 lets the library choose",
+                           p->block_m, p->block_n, where, there);
+    }
+    for (int32_t i = 0; i < fc_num_kernels; i++)
+        if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], p->kernel))
+            append(there, sizeof there, fc_kernels[i].name);
+    return fc_fail(FC_UNSUPPORTED, "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s",
+                   where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
+                   args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "");
+}
+
+/* A thread must have enough work to pay for waking it: about 5 us of it, at 100 GFLOP/s. */
+#define FLOPS_PER_CPU_THREAD 5e5
+
+static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device, int64_t tasks)
+{
+    int32_t most = p->num_threads != 0 ? p->num_threads : device->num_threads;
+    double flops = 2.0 * (double)args->batch * (double)args->num_heads_q * (double)args->seqlen_q * (double)args->seqlen_k *
+                   (double)(args->head_dim + args->head_dim_v);
+    double useful = flops / FLOPS_PER_CPU_THREAD;
+    if (useful < most) most = useful < 1 ? 1 : (int32_t)useful;
+    return tasks < most ? (tasks < 1 ? 1 : (int32_t)tasks) : most;
+}
+
+fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                          fc_plan *plan)
+{
+    if (device->type != problem->device_type)
+        return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d", problem->device_type,
+                       device->type);
+    int32_t chosen = -1;
+    for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
+        if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], problem->kernel) &&
+            serves(&fc_kernels[i], problem, args))
+            chosen = i;
+    if (chosen < 0) return refuse(problem, args, device);
+
+    const fc_kernel *kernel = &fc_kernels[chosen];
+    memset(plan, 0, sizeof *plan);
+    plan->struct_size = sizeof *plan;
+    plan->kernel = chosen;
+    plan->block_m = kernel->block_m;
+    plan->block_n = kernel->block_n;
+    plan->num_splits = 1;
+    plan->grid = args->batch * args->num_heads_q * ((args->seqlen_q + kernel->block_m - 1) / kernel->block_m);
+    plan->num_threads = device->type == FC_CPU ? cpu_threads(problem, args, device, plan->grid) : kernel->threads;
+
+    /* The portable family is slow only where this device has a family of its own that it stands in for. */
+    if (device->type == FC_CUDA && problem->kernel == NULL && strcmp(kernel->family, "portable") == 0)
+        for (int32_t i = 0; i < fc_num_kernels; i++)
+            if (strcmp(fc_kernels[i].family, "portable") != 0 && runs_on(&fc_kernels[i], device)) plan->slow |= FC_SLOW_NO_FAST_KERNEL;
+    return FC_OK;
+}
+
+static const char *isa_name(int32_t isa) { return isa == 2 ? "AVX-512" : isa == 1 ? "AVX2" : "baseline instructions"; }
+
+int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device, const fc_plan *plan,
+                char *buffer, size_t size)
+{
+    const fc_kernel *kernel = &fc_kernels[plan->kernel];
+    char where[96], why[160] = "";
+    if (device->type == FC_CPU)
+        snprintf(where, sizeof where, "the CPU with %s, %d thread%s", isa_name(device->isa), plan->num_threads,
+                 plan->num_threads == 1 ? "" : "s");
+    else
+        snprintf(where, sizeof where, "%.60s (sm_%d)", device->name[0] ? device->name : "a GPU", device->compute_capability);
+    if (problem->kernel != NULL)
+        snprintf(why, sizeof why, "'%.60s' is forced", problem->kernel);
+    else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
+        snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
+                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args));
+    else
+        snprintf(why, sizeof why, "it is the first that serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
+                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args));
+    return snprintf(buffer, size,
+                    "%s on %s: %" PRId64 " tiles of %d query rows by %d keys, %d key split%s, %" PRIu64
+                    " bytes of workspace; chosen because %s.",
+                    kernel->name, where, plan->grid, plan->block_m, plan->block_n, plan->num_splits,
+                    plan->num_splits == 1 ? "" : "s", plan->workspace_bytes, why);
+}

@@ -1,0 +1,148 @@
+/*
+ * binding.h - what the files of the CPython extension say to each other.
+ *
+ *   module.c   method table, module state
+ *   call.c     attention(): parse, route, run, return
+ *   layout.c   shapes: leading batches, heads, broadcasting, folding; no Python objects in it
+ *   tensor.c   arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
+ *   numpy.c    arrays in and out through NumPy's C API
+ *   torch.c    what a torch.Tensor may ask that the C function cannot serve
+ *   result.c   arrays out: made by the query's own allocator
+ *   buffer.c   memory of our own that speaks DLPack, for results of kinds that cannot be written
+ *
+ * Conventions: a function that returns int gives 0, or -1 with a Python exception set. Objects are
+ * borrowed unless a comment says otherwise.
+ */
+#ifndef FC_BINDING_H
+#define FC_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdbool.h>
+
+#include "dlpack_abi.h"
+#include "flashcore.h"
+
+/* Four dimensions and a dozen of leading batches; more is refused in words. */
+enum { FC_MAX_NDIM = 16 };
+
+typedef enum fc_protocol {
+    FC_BY_NOTHING = 0,
+    FC_BY_EXCHANGE, /* DLPack's C exchange API, torch among them */
+    FC_BY_NUMPY,
+    FC_BY_DLPACK, /* __dlpack__ */
+    FC_BY_CAI,    /* __cuda_array_interface__ */
+} fc_protocol;
+
+/* How one type of array is served; cached per type. */
+typedef struct fc_kind {
+    PyTypeObject *type; /* held while cached */
+    fc_protocol protocol;
+    bool is_torch;
+    dl_exchange_api *api; /* lives as long as the process */
+} fc_kind;
+
+/* An imported array. fc_array_release gives back what the import took. */
+typedef struct fc_array {
+    PyObject *object; /* the caller keeps it alive */
+    const char *name; /* "query", for messages */
+    fc_kind kind;
+    void *data;
+    int ndim;
+    int64_t shape[FC_MAX_NDIM];
+    int64_t strides[FC_MAX_NDIM]; /* elements */
+    int32_t dtype, device_type, device_id;
+    bool read_only;
+    bool has_stream; /* its producer works on `stream`, to be ordered against ours */
+    void *stream;
+    dl_managed *managed; /* at most one of these two, to be released */
+    dl_managed_versioned *managed_versioned;
+} fc_array;
+
+enum { FC_KIND_CACHE = 16 };
+
+/* Everything the module keeps. torch's and NumPy's parts are filled when the first of their arrays is seen. */
+typedef struct fc_state {
+    fc_kind kinds[FC_KIND_CACHE];
+    int next_kind;
+    PyObject **parameter_names; /* interned, in signature order */
+    PyObject *interop;          /* flashcore._interop, once needed */
+    PyObject *slow_warning;     /* flashcore.SlowPathWarning */
+    uint32_t slow_warned;       /* FC_SLOW_* reasons already warned of */
+
+    struct {
+        PyObject *tensor_type, *parameter_type, *strided;
+        PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level, *tracing_state;
+        PyObject *get_num_threads;
+        PyObject *name_requires_grad, *name_is_neg, *name_layout;
+    } torch;
+
+    struct {
+        PyObject *memmap_type; /* NULL until NumPy's C API is loaded */
+        int bfloat16;          /* ml_dtypes' type number, 0 until seen */
+    } numpy;
+} fc_state;
+
+/* tensor.c. import: stream is the call's, for producers that order themselves; NULL where none is known. */
+int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind);
+int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream, bool has_stream,
+                    fc_array *array);
+void fc_array_release(fc_array *array);
+int fc_array_from_dl(fc_array *array, const dl_tensor *tensor);
+const char *fc_dtype_word(int32_t dtype);
+int32_t fc_dtype_size(int32_t dtype);
+int fc_dtype_to_dl(int32_t dtype, dl_dtype *out);
+PyObject *fc_interop(fc_state *state, const char *function); /* new reference */
+
+/* numpy.c. is_exact: numpy.ndarray or numpy.memmap; another subclass may mean something else by its data. */
+int fc_numpy_classify(fc_state *state, PyObject *object, bool *is_array, bool *is_exact);
+int fc_numpy_import(fc_state *state, PyObject *object, fc_array *array);
+PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int ndim, const int64_t *shape, fc_array *array);
+
+/* torch.c */
+int fc_torch_load(fc_state *state, PyObject *torch);
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor);
+int fc_torch_check_modes(fc_state *state);
+int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
+
+/* layout.c */
+typedef struct fc_geometry {
+    int num_batch_dims;
+    int64_t batch_shape[FC_MAX_NDIM];
+    int64_t num_heads_q, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+    bool heads_inside; /* layout "bshd" */
+    int out_ndim, lse_ndim;
+    int64_t out_shape[FC_MAX_NDIM], lse_shape[FC_MAX_NDIM];
+} fc_geometry;
+
+/* The eight operands of a call in the order of fc_attention_problem's tensors. */
+enum fc_operand { FC_QUERY, FC_KEY, FC_VALUE, FC_OUT, FC_LSE, FC_MASK, FC_ALIBI, FC_SINKS, FC_NUM_OPERANDS };
+
+/* Strides of an operand over all batch dimensions; the problem's tensor holds the rest. */
+typedef struct fc_batches {
+    int ndim;
+    int64_t shape[FC_MAX_NDIM];
+    int64_t strides[FC_NUM_OPERANDS][FC_MAX_NDIM];
+} fc_batches;
+
+int fc_geometry_of(const fc_array *query, const fc_array *key, const fc_array *value, bool heads_inside, fc_geometry *geometry);
+int fc_place(const fc_geometry *geometry, enum fc_operand operand, const fc_array *array, fc_tensor *tensor, fc_batches *batches);
+void fc_fold(fc_batches *batches);
+bool fc_arrays_overlap(const fc_array *a, const fc_array *b);
+void fc_format_shape(char *text, size_t size, int ndim, const int64_t *shape);
+
+/* result.c. Makes the array of the query's kind that will hold a result, and describes it in `array`.
+ * *finish, where not NULL afterwards, is called after the work to give the object to return. */
+int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim, const int64_t *shape,
+                  void *stream, fc_array *array, PyObject **object, PyObject **finish);
+
+/* buffer.c */
+extern PyType_Spec fc_buffer_spec;
+
+/* call.c */
+extern const char *const fc_parameter_names[];
+extern const int fc_num_parameters;
+PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+
+#endif /* FC_BINDING_H */

@@ -1,0 +1,186 @@
+/*
+ * module.c - the extension module flashcore._C: method table and state.
+ *
+ * Multi-phase initialization (PEP 489) with all state per module, so it can be loaded in several interpreters.
+ */
+#include <string.h>
+
+#include "binding.h"
+
+PyDoc_STRVAR(attention_doc,
+"attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, window=None, diagonal=0, softcap=None, alibi_slopes=None, sinks=None, layout='bhsd', return_lse=False, out=None, deterministic=False, stream=None, block_m=None, block_n=None)\n"
+"--\n"
+"\n"
+"Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.\n"
+"\n"
+"For query row i and key j of one head, with d = j - i - diagonal:\n"
+"\n"
+"    score = softcap(scale * q_i . k_j) + attn_mask_ij - alibi_slope * |d|\n"
+"    out_i = sum_j softmax_j(score) v_j\n"
+"\n"
+"over the keys that masks leave visible (Vaswani et al., 2017, eq. 1; softcap as in Gemma 2, slopes as in\n"
+"ALiBi, Press et al., 2022; sinks as in gpt-oss). Sums are float32, for float64 arrays float64.\n"
+"A row that sees no key gives 0, never NaN.\n"
+"\n"
+"Arrays are torch tensors, NumPy (ml_dtypes' bfloat16 too), CuPy or JAX arrays, or anything with __dlpack__ or\n"
+"__cuda_array_interface__, all on one device, of any strides. Leading dimensions are batch and broadcast.\n"
+"\n"
+"Args:\n"
+"    query: [..., num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, or float64 (CPU). head_dim 1 to 256.\n"
+"    key: [..., num_heads_kv, seqlen_k, head_dim], of query's dtype. num_heads_q is a multiple of num_heads_kv.\n"
+"    value: [..., num_heads_kv, seqlen_k, head_dim_v], of query's dtype.\n"
+"    attn_mask: broadcasts to [..., num_heads_q, seqlen_q, seqlen_k]; bool (True: attend), or query's dtype or\n"
+"        float32, added to the score. With is_causal both apply.\n"
+"    dropout_p: 0.0; other values are not implemented yet.\n"
+"    is_causal: hide keys with d > 0. 'lower_right' also sets diagonal.\n"
+"    scale: any finite number; None: 1 / sqrt(head_dim).\n"
+"    enable_gqa: accepted for PyTorch's sake; grouped heads always work.\n"
+"    window: (left, right): keep -left <= d <= right; None or -1 leaves a side open.\n"
+"    diagonal: 0 (upper left, PyTorch's), 'lower_right' (seqlen_k - seqlen_q, FlashAttention's) or any int.\n"
+"    softcap: positive: score becomes softcap * tanh(score / softcap). None or 0: off.\n"
+"    alibi_slopes: [num_heads_q] or [..., num_heads_q]; query's dtype or float32.\n"
+"    sinks: [num_heads_q] or [..., num_heads_q]; one more logit in each row's softmax, with no value.\n"
+"    layout: 'bhsd', or 'bshd' for arrays [..., seqlen, num_heads, head_dim].\n"
+"    return_lse: also return log(sum(exp(score))), natural, [..., num_heads_q, seqlen_q] in both layouts, float32\n"
+"        (float64 for float64); -inf for a row that sees no key.\n"
+"    out: an array of the result's shape and dtype to write to; returned as the same object.\n"
+"    deterministic: make a row's bits independent of the batch around it (the forward is always repeatable).\n"
+"    stream: for GPU arrays whose library has no current stream (JAX, Numba): a cudaStream_t as int or a stream object.\n"
+"    block_m, block_n: force a tile, rows and keys, that explain() names.\n"
+"\n"
+"Returns:\n"
+"    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse a pair.\n"
+"    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
+"\n"
+"Raises:\n"
+"    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not fit.\n"
+"    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
+"    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
+
+PyDoc_STRVAR(plan_doc, "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
+
+/* Names of the kernels of this build, in the planner's order. */
+static PyObject *kernels(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    PyObject *list = PyList_New(0);
+    if (list == NULL) return NULL;
+    for (int32_t i = 0; i < fc_kernel_count(); i++) {
+        PyObject *name = PyUnicode_FromString(fc_kernel_name(i));
+        int error = name == NULL ? -1 : PyList_Append(list, name);
+        Py_XDECREF(name);
+        if (error != 0) {
+            Py_DECREF(list);
+            return NULL;
+        }
+    }
+    return list;
+}
+
+/* device(type, id) -> dict of facts; raises RuntimeError where there is none. */
+static PyObject *device(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *type;
+    int id = 0;
+    if (!PyArg_ParseTuple(args, "s|i", &type, &id)) return NULL;
+    int32_t number = strcmp(type, "cpu") == 0 ? FC_CPU : strcmp(type, "cuda") == 0 ? FC_CUDA : 0;
+    fc_device facts = {.struct_size = sizeof facts};
+    if (fc_device_query(number, id, &facts) != FC_OK) {
+        PyErr_SetString(PyExc_RuntimeError, fc_last_error());
+        return NULL;
+    }
+    return Py_BuildValue("{s:s,s:i,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:L}", "type", type, "id", facts.id, "name", facts.name, "compute_capability",
+                         facts.compute_capability, "num_sms", facts.num_sms, "smem_bytes_per_block", facts.smem_bytes_per_block,
+                         "driver_version", facts.driver_version, "isa", facts.isa, "num_threads", facts.num_threads, "l2_bytes",
+                         (long long)facts.l2_bytes);
+}
+
+/* cuda_devices() -> (count, why there are none). */
+static PyObject *cuda_devices(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    int32_t count = fc_cuda_device_count();
+    return Py_BuildValue("(is)", (int)count, count > 0 ? "" : fc_last_error());
+}
+
+static PyMethodDef methods[] = {
+    {"attention", (PyCFunction)(void (*)(void))fc_py_attention, METH_FASTCALL | METH_KEYWORDS, attention_doc},
+    {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
+    {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
+    {"device", device, METH_VARARGS, "device(type, id=0)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
+    {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int exec(PyObject *module)
+{
+    fc_state *state = PyModule_GetState(module);
+    state->parameter_names = PyMem_Calloc((size_t)fc_num_parameters, sizeof *state->parameter_names);
+    if (state->parameter_names == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int i = 0; i < fc_num_parameters; i++) {
+        state->parameter_names[i] = PyUnicode_InternFromString(fc_parameter_names[i]);
+        if (state->parameter_names[i] == NULL) return -1;
+    }
+    PyObject *buffer = PyType_FromModuleAndSpec(module, &fc_buffer_spec, NULL);
+    int error = buffer == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)buffer);
+    Py_XDECREF(buffer);
+    if (error != 0) return -1;
+    if (PyModule_AddStringConstant(module, "version", fc_version()) != 0) return -1;
+    return PyModule_AddStringConstant(module, "cuda_archs", fc_cuda_archs());
+}
+
+/* Every object in the state, for the garbage collector and for clear. */
+static int traverse(PyObject *module, visitproc visit, void *arg)
+{
+    fc_state *state = PyModule_GetState(module);
+    if (state == NULL) return 0;
+    for (int i = 0; i < FC_KIND_CACHE; i++) Py_VISIT((PyObject *)state->kinds[i].type);
+    for (size_t i = 0; i < sizeof state->torch / sizeof(PyObject *); i++) Py_VISIT(((PyObject **)&state->torch)[i]);
+    Py_VISIT(state->interop);
+    Py_VISIT(state->slow_warning);
+    Py_VISIT(state->numpy.memmap_type);
+    return 0;
+}
+
+static int clear(PyObject *module)
+{
+    fc_state *state = PyModule_GetState(module);
+    if (state == NULL) return 0;
+    for (int i = 0; i < FC_KIND_CACHE; i++) Py_CLEAR(state->kinds[i].type);
+    for (size_t i = 0; i < sizeof state->torch / sizeof(PyObject *); i++) Py_CLEAR(((PyObject **)&state->torch)[i]);
+    Py_CLEAR(state->interop);
+    Py_CLEAR(state->slow_warning);
+    Py_CLEAR(state->numpy.memmap_type);
+    if (state->parameter_names != NULL)
+        for (int i = 0; i < fc_num_parameters; i++) Py_CLEAR(state->parameter_names[i]);
+    return 0;
+}
+
+static void free_state(void *module)
+{
+    clear(module);
+    fc_state *state = PyModule_GetState(module);
+    if (state == NULL) return;
+    PyMem_Free(state->parameter_names);
+    state->parameter_names = NULL;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "flashcore._C",
+    .m_doc = "The C side of flashcore; use the names in the package.",
+    .m_size = sizeof(fc_state),
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = free_state,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,163 @@
+/*
+ * torch.c - what a torch.Tensor may ask that the C function cannot serve.
+ *
+ * DLPack's C exchange API hands over pointers and nothing else: it would drop gradients, ignore a sign bit, and pass by
+ * autocast, tracing, modes and functorch. So each tensor and the mode stacks are looked at first, through torch's
+ * own C functions (about 0.5 us for a call), and what is not a plain eager call on plain tensors is refused in words.
+ */
+#include "binding.h"
+
+static PyObject *attribute_path(PyObject *module, const char *a, const char *b, const char *c)
+{
+    const char *const path[] = {a, b, c};
+    PyObject *at = module;
+    Py_INCREF(at);
+    for (int i = 0; i < 3 && path[i] != NULL && at != NULL; i++) {
+        PyObject *next = PyObject_GetAttrString(at, path[i]);
+        Py_DECREF(at);
+        at = next;
+    }
+    return at;
+}
+
+int fc_torch_load(fc_state *state, PyObject *torch)
+{
+    const struct {
+        PyObject **into;
+        const char *a, *b, *c;
+        bool optional; /* not in every torch since 2.4 */
+    } wanted[] = {
+        {&state->torch.parameter_type, "nn", "Parameter", NULL, false},
+        {&state->torch.strided, "strided", NULL, NULL, false},
+        {&state->torch.is_grad_enabled, "is_grad_enabled", NULL, NULL, false},
+        {&state->torch.is_any_autocast_enabled, "_C", "_is_any_autocast_enabled", NULL, true},
+        {&state->torch.function_modes, "_C", "_len_torch_function_stack", NULL, false},
+        {&state->torch.dispatch_modes, "_C", "_len_torch_dispatch_stack", NULL, false},
+        {&state->torch.functorch_level, "_C", "_functorch", "maybe_current_level", true},
+        {&state->torch.tracing_state, "_C", "_get_tracing_state", NULL, false},
+        {&state->torch.get_num_threads, "get_num_threads", NULL, NULL, false},
+        {&state->torch.tensor_type, "Tensor", NULL, NULL, false}, /* last: it says that all is loaded */
+    };
+    state->torch.name_requires_grad = PyUnicode_InternFromString("requires_grad");
+    state->torch.name_is_neg = PyUnicode_InternFromString("is_neg");
+    state->torch.name_layout = PyUnicode_InternFromString("layout");
+    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
+        if (*wanted[i].into != NULL) continue;
+        PyObject *found = attribute_path(torch, wanted[i].a, wanted[i].b, wanted[i].c);
+        if (found == NULL) {
+            if (!wanted[i].optional || !PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+            PyErr_Clear();
+        }
+        *wanted[i].into = found;
+    }
+    return 0;
+}
+
+static int is_true(PyObject *function)
+{
+    if (function == NULL) return 0;
+    PyObject *result = PyObject_CallNoArgs(function);
+    if (result == NULL) return -1;
+    int truth = result == Py_None ? 0 : PyObject_IsTrue(result);
+    Py_DECREF(result);
+    return truth;
+}
+
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
+{
+    PyObject *layout = PyObject_GetAttr(tensor, state->torch.name_layout);
+    if (layout == NULL) return -1;
+    bool strided = layout == state->torch.strided;
+    if (!strided)
+        PyErr_Format(PyExc_NotImplementedError, "%s has layout %R; allowed: torch.strided. Call .to_dense() first", name, layout);
+    Py_DECREF(layout);
+    if (!strided) return -1;
+
+    PyObject *requires_grad = PyObject_GetAttr(tensor, state->torch.name_requires_grad);
+    if (requires_grad == NULL) return -1;
+    bool wants_gradient = requires_grad == Py_True;
+    Py_DECREF(requires_grad);
+    if (wants_gradient) {
+        int enabled = is_true(state->torch.is_grad_enabled);
+        if (enabled < 0) return -1;
+        if (enabled) {
+            PyErr_Format(PyExc_NotImplementedError,
+                         "%s requires a gradient, and flashcore %s computes none yet; call under torch.no_grad(), or pass "
+                         "%s.detach() to cut it off",
+                         name, fc_version(), name);
+            return -1;
+        }
+    }
+
+    PyObject *is_neg = PyObject_CallMethodObjArgs(tensor, state->torch.name_is_neg, NULL);
+    if (is_neg == NULL) return -1;
+    bool negative = is_neg == Py_True;
+    Py_DECREF(is_neg);
+    if (negative) {
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s is a lazily negated view (the imaginary part of a conjugate, say); pass %s.resolve_neg()", name, name);
+        return -1;
+    }
+    return 0;
+}
+
+/* A torch function mode is usually set_default_device, which changes nothing for existing tensors. */
+static int check_function_modes(fc_state *state)
+{
+    PyObject *function = fc_interop(state, "torch_function_modes_are_harmless");
+    if (function == NULL) return -1;
+    int harmless = is_true(function);
+    Py_DECREF(function);
+    return harmless;
+}
+
+int fc_torch_check_modes(fc_state *state)
+{
+    int active = is_true(state->torch.is_any_autocast_enabled);
+    if (active < 0) return -1;
+    if (active) {
+        PyErr_Format(PyExc_NotImplementedError,
+                     "torch.autocast is active, and flashcore %s does not cast for it yet; cast query, key and value to one dtype and "
+                     "call under torch.autocast(device_type, enabled=False)",
+                     fc_version());
+        return -1;
+    }
+    active = is_true(state->torch.function_modes);
+    if (active > 0) {
+        int harmless = check_function_modes(state);
+        active = harmless < 0 ? -1 : !harmless;
+    }
+    if (active == 0) active = is_true(state->torch.dispatch_modes);
+    if (active < 0) return -1;
+    if (active) {
+        PyErr_SetString(PyExc_NotImplementedError,
+                        "a torch function or dispatch mode is active (FakeTensorMode, a profiler of operators, say) and would not see "
+                        "this call; leave the mode around it");
+        return -1;
+    }
+    active = state->torch.functorch_level == NULL ? 0 : is_true(state->torch.functorch_level);
+    if (active < 0) return -1;
+    if (active) {
+        PyErr_SetString(PyExc_NotImplementedError,
+                        "a torch.func transform (vmap, grad) is active; attention takes any leading batch dimensions, so call it outside");
+        return -1;
+    }
+    active = is_true(state->torch.tracing_state);
+    if (active < 0) return -1;
+    if (active) {
+        PyErr_SetString(PyExc_NotImplementedError, "torch.jit.trace is active and would record this call's result as a constant");
+        return -1;
+    }
+    return 0;
+}
+
+int fc_torch_num_threads(fc_state *state, int32_t *num_threads)
+{
+    PyObject *result = PyObject_CallNoArgs(state->torch.get_num_threads);
+    if (result == NULL) return -1;
+    long number = PyLong_AsLong(result);
+    Py_DECREF(result);
+    if (number == -1 && PyErr_Occurred()) return -1;
+    *num_threads = number < 1 ? 0 : (int32_t)number;
+    return 0;
+}

@@ -1,0 +1,62 @@
+"""The C side of flashcore; use the names in the package."""
+
+from typing import Any, Literal, final
+
+version: str
+cuda_archs: str
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool | Literal["lower_right"] = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    diagonal: int | Literal["lower_right"] = 0,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    layout: Literal["bhsd", "bshd"] = "bhsd",
+    return_lse: bool = False,
+    out: Any = None,
+    deterministic: bool = False,
+    stream: Any = None,
+    block_m: int | None = None,
+    block_n: int | None = None,
+) -> Any:
+    """Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.
+
+    For query row i and key j of one head, with d = j - i - diagonal:
+
+        score = softcap(scale * q_i . k_j) + attn_mask_ij - alibi_slope * |d|
+        out_i = sum_j softmax_j(score) v_j
+
+    over the keys that masks leave visible (Vaswani et al., 2017, eq. 1). A row that sees no key gives 0, never NaN.
+
+    Returns an array of query's kind, dtype, device and layout; with return_lse a pair of it and the float32 log-sum-exp.
+    Raises TypeError, ValueError, NotImplementedError, MemoryError, RuntimeError. help(flashcore.attention) has every argument.
+    """
+
+def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What attention(...) would run, as a dict; flashcore.explain dresses it."""
+
+def kernels() -> list[str]:
+    """Names of the kernels in this build, in the planner's order."""
+
+def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
+    """Facts of a device. Raises RuntimeError where there is none."""
+
+def cuda_devices() -> tuple[int, str]:
+    """(number of GPUs, the reason where it is 0)."""
+
+@final
+class Buffer:
+    """Memory for a result of a kind that cannot be written; handed over through DLPack."""
+
+    def __new__(cls, shape: tuple[int, ...], dtype: str, device_id: int, stream: int = ...) -> Buffer: ...
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...

@@ -1,0 +1,100 @@
+"""FlashCore: exact attention for CPUs and NVIDIA GPUs.
+
+    import flashcore
+    out = flashcore.attention(query, key, value, is_causal=True)  # torch, NumPy, CuPy, JAX, ... in; the same kind out
+
+`attention` is a C function; this package adds `explain`, which says what would run and why, and the facts of the build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashcore._C import attention
+from flashcore._C import cuda_devices as _cuda_devices
+from flashcore._C import device as _device
+from flashcore._C import kernels as _kernel_names
+from flashcore._C import plan as _plan
+from flashcore._C import version as __version__
+
+__all__ = ["Explanation", "Kernel", "SlowPathWarning", "__version__", "attention", "explain", "include_path", "kernels", "library_path"]
+
+
+class SlowPathWarning(UserWarning):
+    """A call runs on a kernel that is not this GPU's fast one; given once per reason. FLASHCORE_SLOW=error|warn|allow."""
+
+
+# Bits of fc_plan.slow, in words.
+_SLOW = {1: "no fast kernel of this architecture serves the call"}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run. Prints as a sentence."""
+
+    kernel: str
+    block_m: int  # query rows per tile
+    block_n: int  # keys per tile
+    num_splits: int
+    num_threads: int  # CPU threads, or CUDA threads per block
+    num_tiles: int
+    num_calls: int  # of the kernel: more than 1 where batch dimensions do not fold into one stride
+    workspace_bytes: int
+    copies: tuple[str, ...]  # operands that would be copied first
+    slow: tuple[str, ...]  # why this is not the fast path; empty where it is
+    reason: str
+
+    @property
+    def family(self) -> str:
+        return self.kernel.partition("_")[0]
+
+    def __str__(self) -> str:
+        calls = f" Batch dimensions that share no stride take {self.num_calls} calls." if self.num_calls > 1 else ""
+        return self.reason + calls
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Says what attention(...) with the same arguments would run, and why, without running it.
+
+    Raises what attention(...) would raise for these arguments.
+    """
+    plan = _plan(*args, **kwargs)
+    slow = plan.pop("slow")
+    return Explanation(copies=(), slow=tuple(text for bit, text in _SLOW.items() if slow & bit), **plan)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of this build. FLASHCORE_FORCE=<name or family> makes every call use it."""
+
+    name: str
+    family: str
+    device: str  # "cpu" or "cuda"
+    usable: bool  # on this machine
+
+    @staticmethod
+    def _of(name: str, isa: int, has_gpu: bool) -> Kernel:
+        family = name.partition("_")[0]
+        if family != "cpu":
+            return Kernel(name, family, "cuda", has_gpu)
+        return Kernel(name, family, "cpu", {"baseline": 0, "avx2": 1, "avx512": 2}[name.removeprefix("cpu_")] <= isa)
+
+
+def kernels() -> list[Kernel]:
+    """The kernels of this build, in the planner's order, and which of them this machine can run."""
+    isa, has_gpu = _device("cpu")["isa"], _cuda_devices()[0] > 0
+    return [Kernel._of(name, isa, has_gpu) for name in _kernel_names()]
+
+
+def library_path() -> str:
+    """Path of libflashcore.so, for C, Rust and others who link to it."""
+    return str(Path(__file__).parent / "lib" / "libflashcore.so")
+
+
+def include_path() -> str:
+    """Folder that holds flashcore.h."""
+    return str(Path(__file__).parent / "include")
+
+

@@ -1,0 +1,80 @@
+"""python -m flashcore: info (what was built, what is here), paths (library and header), selftest (is every kernel right?)."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import flashcore
+from flashcore import _C
+
+_ISA = ("baseline instructions", "AVX2", "AVX-512")
+
+
+def info() -> int:
+    """Everything that a bug report needs, ready to paste."""
+    cpu = _C.device("cpu")
+    count, why_none = _C.cuda_devices()
+    print(f"flashcore {flashcore.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"library   {flashcore.library_path()}")
+    print(f"built for {'CUDA architectures ' + _C.cuda_archs if _C.cuda_archs else 'the CPU alone'}")
+    print(f"CPU       {platform.machine()} with {_ISA[cpu['isa']]}, {cpu['num_threads']} threads")
+    for i in range(count):
+        gpu = _C.device("cuda", i)
+        capability, driver = gpu["compute_capability"], gpu["driver_version"]
+        print(
+            f"GPU {i}     {gpu['name']}, sm_{capability}, {gpu['num_sms']} SMs, {gpu['l2_bytes'] >> 20} MiB L2, "
+            f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
+        )
+    if count == 0:
+        print(f"GPU       none: {why_none}")
+    for name in ("torch", "numpy", "cupy", "jax"):
+        print(f"{name:9} {_version_of(name)}")
+    print("kernels, in the order in which they are tried:")
+    for kernel in flashcore.kernels():
+        print(f"  {kernel.name:32} {kernel.device:5} {'usable' if kernel.usable else 'not usable here'}")
+    return 0
+
+
+def _version_of(distribution: str) -> str:
+    from importlib import metadata
+
+    for name in (distribution, f"{distribution}-cuda13x", f"{distribution}-cuda12x"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def paths(cflags: bool, libs: bool) -> int:
+    """Where the C library and its header are; with --cflags or --libs as compiler arguments."""
+    library = flashcore.library_path()
+    folder = library.rpartition("/")[0]
+    flags = [f"-I{flashcore.include_path()}"] if cflags else []
+    flags += [f"-L{folder}", "-lflashcore", f"-Wl,-rpath,{folder}"] if libs else []
+    print(" ".join(flags) if flags else f"library {library}\ninclude {flashcore.include_path()}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flashcore", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what was built, what GPU and driver are here, which kernels would serve")
+    where = commands.add_parser("paths", help="the C library and its header")
+    where.add_argument("--cflags", action="store_true", help="print compiler arguments")
+    where.add_argument("--libs", action="store_true", help="print linker arguments")
+    commands.add_parser("selftest", help="check every kernel of this machine against float64")
+    given = parser.parse_args(arguments)
+    if given.command == "info":
+        return info()
+    if given.command == "paths":
+        return paths(given.cflags, given.libs)
+    from flashcore._selftest import selftest
+
+    return selftest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+/*
+ * flashcore.h - the public C API of FlashCore: exact attention on CPUs and NVIDIA GPUs.
+ *
+ * One call does everything: fill an fc_attention_problem, hand it to fc_attention_forward. The library
+ * is plain C, links no framework, and starts no GPU context before the first CUDA problem.
+ *
+ *     fc_attention_problem p = {.struct_size = sizeof p, .device_type = FC_CPU};
+ *     p.batch = 1; p.num_heads_q = p.num_heads_kv = 8; ...
+ *     p.query = (fc_tensor){.data = q, .strides = {8 * 128 * 64, 128 * 64, 64, 1}, .dtype = FC_FLOAT32};
+ *     ...
+ *     if (fc_attention_forward(&p, NULL, 0, NULL) != FC_OK) puts(fc_last_error());
+ *
+ * What is computed, for query row i and key j of one head:
+ *
+ *     score = softcap(scale * q_i . k_j) + attn_mask_ij - slope * |j - i - diagonal|
+ *     out_i = sum_j softmax_j(score) v_j          over the keys that band and bool mask leave visible
+ *     lse_i = log(sum_j exp(score_j))             natural logarithm
+ *
+ * with softcap(x) = softcap * tanh(x / softcap) where a softcap is given, and a sink, where given, one
+ * more logit in every row's sum that has no value vector. The formula is that of "Attention Is All You
+ * Need" (Vaswani et al., 2017, eq. 1); it is evaluated tile by tile as in FlashAttention (Dao et al.,
+ * 2022), so memory is linear in the sequence length. Sums are float32 (float64 for float64 arrays).
+ * A row that sees no key gives out 0, and lse -inf (with a sink: the sink); never NaN.
+ *
+ * Rules for all of it:
+ * - Every struct begins with its own size. Zero in any field means the default. A newer caller's larger
+ *   struct is accepted as long as the part this library does not know is all zero.
+ * - Strides count elements, not bytes, and may be zero (repeat) or negative. No field is in bytes
+ *   unless its name says so.
+ * - The caller owns every array. Nothing is kept after a call returns, except that a GPU still reads
+ *   and writes the arrays until the stream's work is done.
+ * - Functions return a status; fc_last_error() has the words. Nothing exits the process.
+ * - All functions may be called from any thread at any time.
+ */
+#ifndef FLASHCORE_H
+#define FLASHCORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FC_VERSION "0.1.0"
+
+#if defined(__GNUC__)
+#define FC_API __attribute__((visibility("default")))
+#else
+#define FC_API
+#endif
+
+typedef enum fc_status {
+    FC_OK = 0,
+    FC_INVALID = 1,       /* an argument is wrong: shape, stride, dtype, option, null pointer */
+    FC_UNSUPPORTED = 2,   /* legal, but no kernel in this build serves it here */
+    FC_NO_DEVICE = 3,     /* no such device: no GPU, no driver or one too old, or built without CUDA */
+    FC_OUT_OF_MEMORY = 4, /* scratch memory could not be had */
+    FC_CUDA_ERROR = 5,    /* the CUDA runtime reported an error */
+} fc_status;
+
+/* The numbers are the library's own; zero means "no tensor here". */
+typedef enum fc_dtype {
+    FC_NONE = 0,
+    FC_FLOAT16 = 1,
+    FC_BFLOAT16 = 2,
+    FC_FLOAT32 = 3,
+    FC_FLOAT64 = 4, /* CPU only */
+    FC_BOOL = 5,    /* one byte, zero or not; masks only */
+} fc_dtype;
+
+/* DLPack's numbers. */
+typedef enum fc_device_type {
+    FC_CPU = 1,
+    FC_CUDA = 2,
+} fc_device_type;
+
+/*
+ * One array, by value. `data` points at element (0, 0, 0, 0), not at the lowest address.
+ * Data must be aligned to its element size; 16-byte alignment and a last stride of 1 are the fast case.
+ * This struct is part of others and never grows.
+ */
+typedef struct fc_tensor {
+    void *data;         /* inputs are never written; may be null where the array has no elements */
+    int64_t strides[4]; /* elements, of (batch, head, row, column) */
+    int32_t dtype;      /* fc_dtype; FC_NONE: not given */
+    int32_t reserved;   /* 0 */
+} fc_tensor;
+
+/* Bits of fc_attention_problem.flags. */
+#define FC_CAUSAL (1u << 0)        /* hide keys with d > 0, d = j - i - diagonal */
+#define FC_LOWER_RIGHT (1u << 1)   /* diagonal is seqlen_k - seqlen_q; the field must be 0 */
+#define FC_WINDOW_LEFT (1u << 2)   /* hide keys with d < -window_left */
+#define FC_WINDOW_RIGHT (1u << 3)  /* hide keys with d > window_right */
+#define FC_SCALE (1u << 4)         /* use the field `scale`, whatever it holds; else 1/sqrt(head_dim) */
+#define FC_DETERMINISTIC (1u << 5) /* a row's bits do not depend on the batch around it */
+
+typedef struct fc_attention_problem {
+    uint64_t struct_size; /* sizeof(fc_attention_problem) */
+    int32_t device_type;  /* fc_device_type, where every array lives */
+    int32_t device_id;    /* CUDA ordinal; 0 for the CPU */
+
+    /* Any of these may be 0 except the head counts' divisibility and the two head dimensions. */
+    int64_t batch;
+    int64_t num_heads_q;  /* a multiple of num_heads_kv: query head h reads kv head h / (q / kv) */
+    int64_t num_heads_kv;
+    int64_t seqlen_q;
+    int64_t seqlen_k;
+    int64_t head_dim;     /* of query and key, 1 to 256 */
+    int64_t head_dim_v;   /* of value and out, 1 to 256 */
+
+    fc_tensor query;      /* [batch, num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, float64 */
+    fc_tensor key;        /* [batch, num_heads_kv, seqlen_k, head_dim], query's dtype */
+    fc_tensor value;      /* [batch, num_heads_kv, seqlen_k, head_dim_v], query's dtype */
+    fc_tensor out;        /* [batch, num_heads_q, seqlen_q, head_dim_v], query's dtype; no two elements at
+                             one address, no overlap with an input (the library cannot see that; you can) */
+    fc_tensor lse;        /* optional: [batch, num_heads_q, seqlen_q] float32 (float64 for float64) */
+    fc_tensor attn_mask;  /* optional: [batch, num_heads_q, seqlen_q, seqlen_k], broadcast by stride 0;
+                             bool (true = attend), or query's dtype or float32, added to the score */
+    fc_tensor alibi_slopes; /* optional: [batch, num_heads_q]; query's dtype or float32 */
+    fc_tensor sinks;        /* optional: [batch, num_heads_q]; query's dtype or float32; a logit */
+
+    uint32_t flags;
+    int32_t block_m;      /* force this tile: query rows; 0 lets the planner choose */
+    int32_t block_n;      /* force this tile: keys */
+    int32_t num_threads;  /* CPU threads at most; 0: OMP_NUM_THREADS, else the affinity mask */
+    double scale;         /* finite; read only with FC_SCALE */
+    double softcap;       /* > 0; 0 for none */
+    int64_t window_left;  /* >= 0, read only with FC_WINDOW_LEFT */
+    int64_t window_right; /* >= 0, read only with FC_WINDOW_RIGHT */
+    int64_t diagonal;     /* d = j - i - diagonal; 0 is PyTorch's (upper left) */
+    const char *kernel;   /* force this kernel or family, by the name fc_kernel_name gives; NULL: choose */
+} fc_attention_problem;
+
+/*
+ * Device facts, all that planning knows of a device. fc_device_query fills one; tests and cross-device
+ * planning may write one by hand.
+ */
+typedef struct fc_device {
+    uint64_t struct_size;
+    int32_t type;                /* fc_device_type */
+    int32_t id;
+    char name[64];
+    int32_t compute_capability;  /* CUDA: 10 * major + minor, 90 for Hopper */
+    int32_t num_sms;
+    int32_t smem_bytes_per_block; /* the most one block may ask for */
+    int32_t driver_version;      /* CUDA: as cuDriverGetVersion, 13000 for 13.0 */
+    int32_t isa;                 /* CPU: 0 baseline, 1 AVX2 with FMA and F16C, 2 AVX-512 (F, BW, DQ, VL) */
+    int32_t num_threads;         /* CPU: what OMP_NUM_THREADS or the affinity mask gives */
+    int64_t l2_bytes;
+} fc_device;
+
+/* Reasons why a plan is not the fast path; fc_plan.slow is a set of these bits. */
+#define FC_SLOW_NO_FAST_KERNEL (1u << 0) /* a portable kernel serves what this architecture's own cannot */
+
+/* What will run. fc_attention_plan fills one. */
+typedef struct fc_plan {
+    uint64_t struct_size;
+    uint64_t workspace_bytes; /* device scratch that the call needs; 0: none */
+    int32_t kernel;           /* index for fc_kernel_name */
+    int32_t block_m;          /* query rows per tile */
+    int32_t block_n;          /* keys per tile */
+    int32_t num_splits;       /* ways the keys of one row are divided; 1: not */
+    int32_t num_threads;      /* CPU threads, or CUDA threads per block */
+    uint32_t slow;            /* FC_SLOW_* bits */
+    int64_t grid;             /* tiles: thread blocks on a GPU, tasks on the CPU */
+} fc_plan;
+
+/* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */
+FC_API const char *fc_version(void);
+
+/* "FC_OK", "FC_INVALID", ...; never NULL. */
+FC_API const char *fc_status_name(fc_status status);
+
+/*
+ * Words for this thread's last failed call: what was given, what is allowed, what to do. Valid until
+ * the thread's next call into the library; "" when nothing failed yet.
+ */
+FC_API const char *fc_last_error(void);
+
+/* Kernels in this build, 0 to fc_kernel_count() - 1; the name of one, or NULL past the end. Several
+ * kernels of one family differ in dtype and head_dim and share the name's first word. */
+FC_API int32_t fc_kernel_count(void);
+FC_API const char *fc_kernel_name(int32_t kernel);
+
+/* Device architectures that the CUDA kernels were built for, "80 90a +PTX"; "" for a CPU-only build. */
+FC_API const char *fc_cuda_archs(void);
+
+/* Number of usable CUDA devices; 0 with the reason in fc_last_error() where there is none. */
+FC_API int32_t fc_cuda_device_count(void);
+
+/*
+ * Facts of one device, cached after the first call. device->struct_size must be set.
+ * FC_NO_DEVICE where there is none, or the build has no CUDA kernels.
+ */
+FC_API fc_status fc_device_query(int32_t device_type, int32_t device_id, fc_device *device);
+
+/*
+ * Checks a problem and says what would run, touching no array and launching nothing.
+ * device NULL asks for the problem's own device; with a device given, no GPU is needed.
+ * plan->struct_size must be set. Array data pointers may be null here.
+ * FC_INVALID for a problem that is wrong, FC_UNSUPPORTED for one that no kernel serves.
+ */
+FC_API fc_status fc_attention_plan(const fc_attention_problem *problem, const fc_device *device, fc_plan *plan);
+
+/*
+ * Writes one sentence on the plan to buffer: kernel, tiles, splits, workspace and why. At most size
+ * bytes with the final zero; returns the length it wanted, as snprintf does.
+ */
+FC_API int fc_plan_describe(const fc_attention_problem *problem, const fc_device *device, const fc_plan *plan,
+                            char *buffer, size_t size);
+
+/*
+ * Computes attention. On the CPU it returns when out is written; on a GPU it enqueues on `stream` (a
+ * cudaStream_t; NULL is the legacy default stream) of problem->device_id and returns at once, without
+ * synchronizing, also inside a stream capture. The calling thread's current CUDA device is unchanged.
+ * workspace: at least plan.workspace_bytes on the device, 256-byte aligned, in use until the stream's work is
+ * done; may be NULL where the plan asks for none.
+ */
+FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void *workspace, uint64_t workspace_bytes,
+                                      void *stream);
+
+/* The GPU that an address belongs to; FC_INVALID for an address that is no GPU's. NULL gives 0. */
+FC_API fc_status fc_pointer_device(const void *data, int32_t *device_id);
+
+/*
+ * Makes later work on `later` wait for all work now on `earlier`, on one CUDA device, by an event: no
+ * synchronization, legal in a capture that holds either. Does nothing when they are the same stream.
+ */
+FC_API fc_status fc_stream_order(int32_t device_id, void *earlier, void *later);
+
+/*
+ * Memory for results whose owner has no allocator of its own. On the CPU it is 64-byte aligned; on a
+ * GPU it is stream-ordered (cudaMallocAsync), and freeing it waits for the work on its stream.
+ */
+FC_API fc_status fc_malloc(int32_t device_type, int32_t device_id, uint64_t bytes, void *stream, void **data);
+FC_API fc_status fc_free(int32_t device_type, int32_t device_id, void *data, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FLASHCORE_H */

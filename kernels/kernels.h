@@ -1,0 +1,61 @@
+/*
+ * kernels.h - the one contract between the C core and the kernels, on CUDA and on the CPU.
+ *
+ * The C core hands over a problem that is checked, with every option resolved to plain numbers, and a
+ * plan that says which kernel, tiles and grid. A kernel decides nothing, allocates nothing, raises
+ * nothing. Both sides include this file; it needs no CUDA header.
+ */
+#ifndef FC_KERNELS_H
+#define FC_KERNELS_H
+
+#include "flashcore.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * A forward problem, resolved.
+ *
+ * Visible keys: key j is visible to row i exactly where band_left <= j - i <= band_right (and the bool
+ * mask is true). Both are clamped to [-seqlen_q, seqlen_k], so that i + band never overflows and
+ * "everything" is band_left = -seqlen_q, band_right = seqlen_k.
+ *
+ * score = softcap(scale * q.k) + attn_mask - slope * |j - i - diagonal|, in natural units: an added mask may
+ * hold finfo.min of float32, so multiply by log2(e) only after the row maximum is subtracted.
+ */
+typedef struct fc_forward_args {
+    fc_tensor query, key, value, out; /* as in fc_attention_problem; one dtype */
+    fc_tensor lse;                    /* dtype FC_NONE: not wanted */
+    fc_tensor attn_mask;              /* dtype FC_NONE: none; FC_BOOL; or added */
+    fc_tensor alibi_slopes, sinks;    /* dtype FC_NONE: none; strides[0], strides[1] are batch, head */
+    int64_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+    int64_t band_left, band_right;
+    int64_t diagonal;
+    double scale;
+    double softcap; /* 0: none */
+} fc_forward_args;
+
+/* workspace: plan->workspace_bytes of device memory, or NULL where that is 0.
+ * Returns a cudaError_t, 0 for success; stream is a cudaStream_t. */
+typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_plan *plan, void *workspace, void *stream);
+
+/* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>, one per row of variants.def. */
+#if defined(__GNUC__)
+#pragma GCC visibility push(hidden)
+#endif
+#ifdef FC_WITH_CUDA
+#define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
+    int fc_##family##_forward_##dtype##_d##head_dim##_##mask(const fc_forward_args *, const fc_plan *, void *, void *);
+#include "variants.def"
+#undef FC_VARIANT
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FC_KERNELS_H */
