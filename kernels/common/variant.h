@@ -1,0 +1,22 @@
+/*
+ * variant.h - the row of variants.def that this compilation is for, as names and constants.
+ *
+ * The build passes a row's columns as the macros FC_FAMILY, FC_DTYPE, FC_HEAD_DIM, FC_MASK, FC_BLOCK_M,
+ * FC_BLOCK_N and FC_THREADS. Every <family>/forward.cu defines its launcher as FC_NAME(forward), so that the
+ * name is joined here alone: fc_portable_forward_float16_d64_any.
+ */
+#ifndef FC_COMMON_VARIANT_H
+#define FC_COMMON_VARIANT_H
+
+#include "kernels.h"
+
+#define FC_JOIN_EXPANDED(family, op, dtype, head_dim, mask) fc_##family##_##op##_##dtype##_d##head_dim##_##mask
+#define FC_JOIN(family, op, dtype, head_dim, mask)          FC_JOIN_EXPANDED(family, op, dtype, head_dim, mask)
+#define FC_NAME(op)                                         FC_JOIN(FC_FAMILY, op, FC_DTYPE, FC_HEAD_DIM, FC_MASK)
+
+constexpr int HEAD_DIM = FC_HEAD_DIM;
+constexpr int BLOCK_M = FC_BLOCK_M;
+constexpr int BLOCK_N = FC_BLOCK_N;
+constexpr int THREADS = FC_THREADS;
+
+#endif /* FC_COMMON_VARIANT_H */
