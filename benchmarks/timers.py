@@ -151,7 +151,7 @@ def wall_times(calls: dict[str, tuple[Call, Scope]], effort: Effort) -> dict[str
     """CPU microseconds per call. Before each turn a pause lets the previous contender's threads go to sleep: an OpenMP
     thread spins for some milliseconds when it has no work, on a core that the next contender needs. An untimed call
     then wakes this contender's own."""
-    pause_s = 0.010
+    pause_s = 0.020
 
     def sample(call, count):
         time.sleep(pause_s)

@@ -30,8 +30,8 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     fc_plan made;
     if (plan == NULL) return fc_fail(FC_INVALID, "fc_plan is NULL");
     if (plan->struct_size < sizeof made)
-        return fc_fail(FC_INVALID, "fc_plan.struct_size is %" PRIu64 "; set it to sizeof(fc_plan), at least %zu", plan->struct_size,
-                       sizeof made);
+        return fc_fail(FC_INVALID, "fc_plan.struct_size is %" PRIu64 "; set it to sizeof(fc_plan), at least %zu",
+                       plan->struct_size, sizeof made);
     fc_status status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
     if (status != FC_OK) return status;
     made.struct_size = plan->struct_size; /* a newer caller's tail stays as it is */
@@ -39,8 +39,8 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     return FC_OK;
 }
 
-int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_device, const fc_plan *given_plan, char *buffer,
-                     size_t size)
+int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_device, const fc_plan *given_plan,
+                     char *buffer, size_t size)
 {
     fc_attention_problem problem;
     fc_forward_args args;
@@ -50,7 +50,8 @@ int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_d
     if (status == FC_OK && given_plan != NULL)
         status = fc_copy_struct("fc_plan", given_plan, &plan, sizeof plan, sizeof plan);
     if (status == FC_OK && fc_kernel_name(plan.kernel) == NULL)
-        status = fc_fail(FC_INVALID, "fc_plan.kernel is %" PRId32 "; allowed: 0 to %" PRId32, plan.kernel, fc_kernel_count() - 1);
+        status = fc_fail(FC_INVALID, "fc_plan.kernel is %" PRId32 "; allowed: 0 to %" PRId32, plan.kernel,
+                         fc_kernel_count() - 1);
     if (status != FC_OK) {
         if (size > 0) buffer[0] = '\0';
         return 0;
@@ -62,15 +63,18 @@ static fc_status run_cpu(const fc_forward_args *args, const fc_plan *plan)
 {
     switch (fc_kernels[plan->kernel].arch[0]) {
 #if defined(__x86_64__)
-    case '2': return fc_cpu_forward_avx512(args, plan);
-    case '1': return fc_cpu_forward_avx2(args, plan);
+    case '2':
+        return fc_cpu_forward_avx512(args, plan);
+    case '1':
+        return fc_cpu_forward_avx2(args, plan);
 #endif
-    default: return fc_cpu_forward_baseline(args, plan);
+    default:
+        return fc_cpu_forward_baseline(args, plan);
     }
 }
 
-static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan, void *workspace,
-                          void *stream)
+static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan,
+                          void *workspace, void *stream)
 {
     int32_t previous;
     fc_status status = fc_device_enter(problem->device_id, &previous);
@@ -80,7 +84,8 @@ static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_
     return fc_cuda_fail(error, "launching an attention kernel");
 }
 
-fc_status fc_attention_forward(const fc_attention_problem *given, void *workspace, uint64_t workspace_bytes, void *stream)
+fc_status fc_attention_forward(const fc_attention_problem *given, void *workspace, uint64_t workspace_bytes,
+                               void *stream)
 {
     fc_attention_problem problem;
     fc_forward_args args;
@@ -89,7 +94,8 @@ fc_status fc_attention_forward(const fc_attention_problem *given, void *workspac
     fc_status status = check_and_plan(given, true, NULL, &problem, &args, &device, &plan);
     if (status != FC_OK) return status;
     if (workspace_bytes < plan.workspace_bytes || (workspace == NULL && plan.workspace_bytes > 0))
-        return fc_fail(FC_INVALID, "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (fc_attention_plan tells)",
+        return fc_fail(FC_INVALID,
+                       "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (fc_attention_plan tells)",
                        workspace == NULL ? 0 : workspace_bytes, plan.workspace_bytes);
     if (plan.grid == 0) return FC_OK; /* no rows: nothing to write */
     if (problem.device_type == FC_CPU) return run_cpu(&args, &plan);

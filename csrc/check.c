@@ -19,8 +19,8 @@ enum { MAX_HEAD_DIM = 256 };
 /* Sums of three such numbers (row + diagonal + window) cannot overflow. */
 #define MAX_OFFSET (INT64_C(1) << 60)
 
-/* Structs only grow. The first release's size is the least; what a newer caller has beyond ours must be zero, so that no
- * option it set is silently dropped. */
+/* Structs only grow. The first release's size is the least; what a newer caller has beyond ours must be zero, so that
+ * no option it set is silently dropped. */
 fc_status fc_copy_struct(const char *name, const void *given, void *ours, uint64_t our_size, uint64_t least_size)
 {
     if (given == NULL) return fc_fail(FC_INVALID, "%s is NULL", name);
@@ -31,8 +31,9 @@ fc_status fc_copy_struct(const char *name, const void *given, void *ours, uint64
                        name, least_size);
     /* A size this far out is an unset field, and its tail is not the caller's memory. */
     if (size > 64 * our_size)
-        return fc_fail(FC_INVALID, "%s.struct_size is %" PRIu64 ", not a plausible sizeof(%s); this library's is %" PRIu64,
-                       name, size, name, our_size);
+        return fc_fail(FC_INVALID,
+                       "%s.struct_size is %" PRIu64 ", not a plausible sizeof(%s); this library's is %" PRIu64, name,
+                       size, name, our_size);
     for (uint64_t i = our_size; i < size; i++)
         if (((const unsigned char *)given)[i] != 0)
             return fc_fail(FC_INVALID,
@@ -66,8 +67,9 @@ static fc_status check_tensor(const char *name, const fc_tensor *tensor, const i
         int64_t span;
         if (__builtin_mul_overflow(shape[i] - 1, tensor->strides[i], &span) || span > MAX_OFFSET || span < -MAX_OFFSET)
             return fc_fail(FC_INVALID,
-                           "%s: stride %" PRId64 " of a dimension of %" PRId64 " reaches beyond the 64-bit address space", name,
-                           tensor->strides[i], shape[i]);
+                           "%s: stride %" PRId64 " of a dimension of %" PRId64
+                           " reaches beyond the 64-bit address space",
+                           name, tensor->strides[i], shape[i]);
         reach += span < 0 ? -span : span;
         if (__builtin_mul_overflow(elements, shape[i], &elements) || elements > MAX_OFFSET || reach > MAX_OFFSET)
             return fc_fail(FC_INVALID, "%s: its shape and strides reach beyond the 64-bit address space", name);
@@ -76,8 +78,8 @@ static fc_status check_tensor(const char *name, const fc_tensor *tensor, const i
     if (tensor->data == NULL) return fc_fail(FC_INVALID, "%s.data is NULL, but the array has elements", name);
     int32_t bytes = fc_dtype_bytes(tensor->dtype);
     if ((uintptr_t)tensor->data % (uintptr_t)bytes != 0)
-        return fc_fail(FC_INVALID, "%s.data is %p, not aligned to its %d-byte %s elements; copy the array", name, tensor->data,
-                       bytes, fc_dtype_name(tensor->dtype));
+        return fc_fail(FC_INVALID, "%s.data is %p, not aligned to its %d-byte %s elements; copy the array", name,
+                       tensor->data, bytes, fc_dtype_name(tensor->dtype));
     return FC_OK;
 }
 
@@ -105,8 +107,9 @@ static fc_status check_output(const char *name, const fc_tensor *tensor, const i
         if (shape[dim] == 1) continue;
         if (step[dim] <= reach)
             return fc_fail(FC_INVALID,
-                           "%s: shape (%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 ") with strides (%" PRId64 ", %" PRId64
-                           ", %" PRId64 ", %" PRId64 ") puts two elements at one address; give an array without self-overlap",
+                           "%s: shape (%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 ") with strides (%" PRId64
+                           ", %" PRId64 ", %" PRId64 ", %" PRId64
+                           ") puts two elements at one address; give an array without self-overlap",
                            name, shape[0], shape[1], shape[2], shape[3], tensor->strides[0], tensor->strides[1],
                            tensor->strides[2], tensor->strides[3]);
         reach += (shape[dim] - 1) * step[dim];
@@ -124,9 +127,9 @@ static fc_status check_optional(const char *name, const fc_tensor *tensor, int32
     }
     bool allowed = tensor->dtype == dtype || tensor->dtype == FC_FLOAT32 || (allow_bool && tensor->dtype == FC_BOOL);
     if (!allowed)
-        return fc_fail(FC_INVALID, "%s has dtype %s; allowed with %s arrays: %s%s%s", name, fc_dtype_name(tensor->dtype),
-                       fc_dtype_name(dtype), allow_bool ? "bool, " : "", fc_dtype_name(dtype),
-                       dtype == FC_FLOAT32 ? "" : ", float32");
+        return fc_fail(FC_INVALID, "%s has dtype %s; allowed with %s arrays: %s%s%s", name,
+                       fc_dtype_name(tensor->dtype), fc_dtype_name(dtype), allow_bool ? "bool, " : "",
+                       fc_dtype_name(dtype), dtype == FC_FLOAT32 ? "" : ", float32");
     return check_tensor(name, tensor, shape, need_data);
 }
 
@@ -153,7 +156,8 @@ static fc_status check_tensors(const fc_attention_problem *p, bool need_data)
     fc_status status;
     int32_t dtype = p->query.dtype;
     if (!is_float(dtype))
-        return fc_fail(FC_INVALID, "query has dtype %s; allowed: float16, bfloat16, float32, float64", fc_dtype_name(dtype));
+        return fc_fail(FC_INVALID, "query has dtype %s; allowed: float16, bfloat16, float32, float64",
+                       fc_dtype_name(dtype));
     if (p->key.dtype != dtype || p->value.dtype != dtype || p->out.dtype != dtype)
         return fc_fail(FC_INVALID, "query, key, value and out have dtypes %s, %s, %s and %s; all four must be the same",
                        fc_dtype_name(dtype), fc_dtype_name(p->key.dtype), fc_dtype_name(p->value.dtype),
@@ -178,7 +182,8 @@ static fc_status check_tensors(const fc_attention_problem *p, bool need_data)
         if ((status = check_output("lse", &p->lse, lse, need_data)) != FC_OK) return status;
     }
     if ((status = check_optional("attn_mask", &p->attn_mask, dtype, true, mask, need_data)) != FC_OK) return status;
-    if ((status = check_optional("alibi_slopes", &p->alibi_slopes, dtype, false, per_head, need_data)) != FC_OK) return status;
+    if ((status = check_optional("alibi_slopes", &p->alibi_slopes, dtype, false, per_head, need_data)) != FC_OK)
+        return status;
     return check_optional("sinks", &p->sinks, dtype, false, per_head, need_data);
 }
 
@@ -201,14 +206,20 @@ static fc_status check_options(const fc_attention_problem *p)
     if (p->diagonal > MAX_OFFSET || p->diagonal < -MAX_OFFSET)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 "; allowed: -2^60 to 2^60", p->diagonal);
     if (p->block_m < 0 || p->block_n < 0)
-        return fc_fail(FC_INVALID, "block_m is %" PRId32 " and block_n is %" PRId32 "; allowed: 0 to let the library choose, or a "
-                                   "pair that explain names", p->block_m, p->block_n);
+        return fc_fail(FC_INVALID,
+                       "block_m is %" PRId32 " and block_n is %" PRId32 "; allowed: 0 to let the library choose, or a "
+                       "pair that explain names",
+                       p->block_m, p->block_n);
     if (p->num_threads < 0)
-        return fc_fail(FC_INVALID, "num_threads is %" PRId32 "; allowed: 0 for the default, or 1 and up", p->num_threads);
+        return fc_fail(FC_INVALID, "num_threads is %" PRId32 "; allowed: 0 for the default, or 1 and up",
+                       p->num_threads);
     return FC_OK;
 }
 
-static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+static int64_t clamp(int64_t x, int64_t low, int64_t high)
+{
+    return x < low ? low : x > high ? high : x;
+}
 
 /* Folds causal, window and diagonal into band_left <= j - i <= band_right. */
 static void resolve_band(const fc_attention_problem *p, fc_forward_args *args)
@@ -231,7 +242,8 @@ fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attenti
     if (status != FC_OK) return status;
     const fc_attention_problem *p = problem;
     if (p->device_type != FC_CPU && p->device_type != FC_CUDA)
-        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", p->device_type, FC_CPU, FC_CUDA);
+        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", p->device_type, FC_CPU,
+                       FC_CUDA);
     if ((status = check_shapes(p)) != FC_OK) return status;
     if ((status = check_tensors(p, need_data)) != FC_OK) return status;
     if ((status = check_options(p)) != FC_OK) return status;

@@ -41,7 +41,8 @@ fc_status fc_cuda_fail(int error, const char *doing)
     if (error == cudaErrorInsufficientDriver) {
         cudaDriverGetVersion(&driver);
         if (driver == 0) return fc_fail(FC_NO_DEVICE, "no NVIDIA driver is installed; GPU arrays need one");
-        return fc_fail(FC_NO_DEVICE, "the NVIDIA driver supports CUDA %d.%d, and this build needs %d.%d or newer; update the driver",
+        return fc_fail(FC_NO_DEVICE,
+                       "the NVIDIA driver supports CUDA %d.%d, and this build needs %d.%d or newer; update the driver",
                        driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     }
     if (error == cudaErrorNoDevice) return fc_fail(FC_NO_DEVICE, "no CUDA device was found");
@@ -140,7 +141,10 @@ fc_status fc_pointer_device(const void *data, int32_t *device_id)
 }
 
 /* The legacy default stream has two spellings. */
-static cudaStream_t canonical(void *stream) { return stream == cudaStreamLegacy ? NULL : (cudaStream_t)stream; }
+static cudaStream_t canonical(void *stream)
+{
+    return stream == cudaStreamLegacy ? NULL : (cudaStream_t)stream;
+}
 
 fc_status fc_stream_order(int32_t device_id, void *earlier, void *later)
 {
@@ -205,7 +209,10 @@ fc_status fc_device_enter(int32_t device_id, int32_t *previous)
     return fc_fail(FC_NO_DEVICE, "%s", no_cuda);
 }
 
-void fc_device_leave(int32_t device_id, int32_t previous) { (void)device_id, (void)previous; }
+void fc_device_leave(int32_t device_id, int32_t previous)
+{
+    (void)device_id, (void)previous;
+}
 
 fc_status fc_pointer_device(const void *data, int32_t *device_id)
 {
@@ -247,7 +254,8 @@ fc_status fc_device_query(int32_t device_type, int32_t device_id, fc_device *dev
         fc_status status = cached_cuda_facts(device_id, &facts);
         if (status != FC_OK) return status;
     } else {
-        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU, FC_CUDA);
+        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU,
+                       FC_CUDA);
     }
     facts.struct_size = device->struct_size; /* a newer caller's tail stays as it is */
     memcpy(device, &facts, sizeof facts);
@@ -264,7 +272,8 @@ fc_status fc_malloc(int32_t device_type, int32_t device_id, uint64_t bytes, void
     if (bytes == 0) return FC_OK;
     if (device_type == FC_CUDA) return cuda_malloc(device_id, bytes, stream, data);
     if (device_type != FC_CPU)
-        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU, FC_CUDA);
+        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU,
+                       FC_CUDA);
     if (bytes > PTRDIFF_MAX - CPU_ALIGNMENT || posix_memalign(data, CPU_ALIGNMENT, bytes) != 0)
         return fc_fail(FC_OUT_OF_MEMORY, "out of memory for a result of %" PRIu64 " bytes", bytes);
     return FC_OK;
@@ -275,7 +284,8 @@ fc_status fc_free(int32_t device_type, int32_t device_id, void *data, void *stre
     if (data == NULL) return FC_OK;
     if (device_type == FC_CUDA) return cuda_free(device_id, data, stream);
     if (device_type != FC_CPU)
-        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU, FC_CUDA);
+        return fc_fail(FC_INVALID, "device_type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device_type, FC_CPU,
+                       FC_CUDA);
     free(data);
     return FC_OK;
 }

@@ -19,19 +19,31 @@ fc_status fc_fail(fc_status status, const char *format, ...)
     return status;
 }
 
-const char *fc_last_error(void) { return last_error; }
+const char *fc_last_error(void)
+{
+    return last_error;
+}
 
-const char *fc_version(void) { return FC_VERSION; }
+const char *fc_version(void)
+{
+    return FC_VERSION;
+}
 
 const char *fc_status_name(fc_status status)
 {
     switch (status) {
-    case FC_OK: return "FC_OK";
-    case FC_INVALID: return "FC_INVALID";
-    case FC_UNSUPPORTED: return "FC_UNSUPPORTED";
-    case FC_NO_DEVICE: return "FC_NO_DEVICE";
-    case FC_OUT_OF_MEMORY: return "FC_OUT_OF_MEMORY";
-    case FC_CUDA_ERROR: return "FC_CUDA_ERROR";
+    case FC_OK:
+        return "FC_OK";
+    case FC_INVALID:
+        return "FC_INVALID";
+    case FC_UNSUPPORTED:
+        return "FC_UNSUPPORTED";
+    case FC_NO_DEVICE:
+        return "FC_NO_DEVICE";
+    case FC_OUT_OF_MEMORY:
+        return "FC_OUT_OF_MEMORY";
+    case FC_CUDA_ERROR:
+        return "FC_CUDA_ERROR";
     }
     return "unknown status";
 }
@@ -44,8 +56,17 @@ static const struct {
     [FC_FLOAT32] = {"float32", 4}, [FC_FLOAT64] = {"float64", 8}, [FC_BOOL] = {"bool", 1},
 };
 
-static bool is_known(int32_t dtype) { return dtype >= 0 && dtype < (int32_t)(sizeof dtypes / sizeof dtypes[0]); }
+static bool is_known(int32_t dtype)
+{
+    return dtype >= 0 && dtype < (int32_t)(sizeof dtypes / sizeof dtypes[0]);
+}
 
-const char *fc_dtype_name(int32_t dtype) { return is_known(dtype) ? dtypes[dtype].name : "unknown"; }
+const char *fc_dtype_name(int32_t dtype)
+{
+    return is_known(dtype) ? dtypes[dtype].name : "unknown";
+}
 
-int32_t fc_dtype_bytes(int32_t dtype) { return is_known(dtype) ? dtypes[dtype].bytes : 0; }
+int32_t fc_dtype_bytes(int32_t dtype)
+{
+    return is_known(dtype) ? dtypes[dtype].bytes : 0;
+}

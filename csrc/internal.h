@@ -21,8 +21,8 @@
 /* error.c: stores the words for fc_last_error and returns the status, so that callers can write
  * `return fc_fail(FC_INVALID, "...")`. */
 fc_status fc_fail(fc_status status, const char *format, ...) FC_PRINTF(2, 3);
-const char *fc_dtype_name(int32_t dtype);  /* "float16"; "unknown" outside the enum */
-int32_t fc_dtype_bytes(int32_t dtype);     /* 0 outside the enum */
+const char *fc_dtype_name(int32_t dtype); /* "float16"; "unknown" outside the enum */
+int32_t fc_dtype_bytes(int32_t dtype);    /* 0 outside the enum */
 
 /* check.c: applies every rule. On FC_OK, *problem is a full-size copy of *given with defaults filled
  * in, and *args is it resolved for a kernel. */
@@ -37,18 +37,18 @@ typedef struct fc_kernel {
     const char *family;           /* "portable", "cpu" */
     fc_forward_launcher launcher; /* CUDA; NULL for CPU kernels */
     int32_t device_type;
-    int32_t dtype;                /* FC_NONE: every dtype */
-    int32_t head_dim;             /* the largest it serves */
+    int32_t dtype;    /* FC_NONE: every dtype */
+    int32_t head_dim; /* the largest it serves */
     int32_t block_m, block_n, threads;
-    const char *arch;             /* CUDA: least compute capability, "75", or "90a": that one alone; CPU: least isa */
-    const char *mask;             /* "any", "full", "causal", "general" */
+    const char *arch; /* CUDA: least compute capability, "75", or "90a": that one alone; CPU: least isa */
+    const char *mask; /* "any", "full", "causal", "general" */
 } fc_kernel;
 extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           fc_plan *plan);
-int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device, const fc_plan *plan,
-                char *buffer, size_t size);
+int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                const fc_plan *plan, char *buffer, size_t size);
 
 /* device.c */
 fc_status fc_device_enter(int32_t device_id, int32_t *previous); /* makes a CUDA device current */

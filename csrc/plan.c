@@ -17,7 +17,8 @@
 #define FC_CUDA_ARCHS "" /* setup.py gives "80 90a 75+PTX", say */
 #endif
 
-#define CPU_KERNEL(name, isa) {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, "any"}
+#define CPU_KERNEL(name, isa)                                                                                          \
+    {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, "any"}
 
 /* Lets the table below turn the dtype column of variants.def into the enum. */
 enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
@@ -30,22 +31,37 @@ const fc_kernel fc_kernels[] = {
     CPU_KERNEL("baseline", "0"),
 #ifdef FC_WITH_CUDA
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    {#family "_" #dtype "_d" #head_dim "_" #mask, #family, fc_##family##_forward_##dtype##_d##head_dim##_##mask,       \
-     FC_CUDA, dtype_##dtype, head_dim, block_m, block_n, threads, #arch, #mask},
+    {#family "_" #dtype "_d" #head_dim "_" #mask,                                                                      \
+     #family,                                                                                                          \
+     fc_##family##_forward_##dtype##_d##head_dim##_##mask,                                                             \
+     FC_CUDA,                                                                                                          \
+     dtype_##dtype,                                                                                                    \
+     head_dim,                                                                                                         \
+     block_m,                                                                                                          \
+     block_n,                                                                                                          \
+     threads,                                                                                                          \
+     #arch,                                                                                                            \
+     #mask},
 #include "variants.def"
 #undef FC_VARIANT
 #endif
 };
 const int32_t fc_num_kernels = sizeof fc_kernels / sizeof fc_kernels[0];
 
-int32_t fc_kernel_count(void) { return fc_num_kernels; }
+int32_t fc_kernel_count(void)
+{
+    return fc_num_kernels;
+}
 
 const char *fc_kernel_name(int32_t kernel)
 {
     return kernel >= 0 && kernel < fc_num_kernels ? fc_kernels[kernel].name : NULL;
 }
 
-const char *fc_cuda_archs(void) { return FC_CUDA_ARCHS; }
+const char *fc_cuda_archs(void)
+{
+    return FC_CUDA_ARCHS;
+}
 
 /* Which masks a problem needs: full, causal, or general for everything else. */
 static const char *mask_class(const fc_forward_args *args)
@@ -125,51 +141,69 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
     if (!any_forced) {
         for (int32_t i = 0; i < fc_num_kernels; i++)
             if (runs_on(&fc_kernels[i], device)) append(there, sizeof there, fc_kernels[i].name);
-        return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s", p->kernel, where,
-                       there);
+        return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s",
+                       p->kernel, where, there);
     }
     if (p->block_m != 0 || p->block_n != 0) {
         fc_attention_problem any_block = *p;
         any_block.block_m = any_block.block_n = 0;
         for (int32_t i = 0; i < fc_num_kernels; i++) {
             const fc_kernel *kernel = &fc_kernels[i];
-            if (!runs_on(kernel, device) || !name_matches(kernel, p->kernel) || !serves(kernel, &any_block, args)) continue;
+            if (!runs_on(kernel, device) || !name_matches(kernel, p->kernel) || !serves(kernel, &any_block, args))
+                continue;
             char pair[32];
             snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
             append(there, sizeof there, pair);
         }
         if (there[0])
-            return fc_fail(FC_INVALID, "block_m=%d, block_n=%d: no such tile for this problem on %s; there are (block_m, block_n): %s; "
-                                       "0 lets the library choose",
-                           p->block_m, p->block_n, where, there);
+            return fc_fail(
+                FC_INVALID,
+                "block_m=%d, block_n=%d: no such tile for this problem on %s; there are (block_m, block_n): %s; "
+                "0 lets the library choose",
+                p->block_m, p->block_n, where, there);
     }
     for (int32_t i = 0; i < fc_num_kernels; i++)
         if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], p->kernel))
             append(there, sizeof there, fc_kernels[i].name);
-    return fc_fail(FC_UNSUPPORTED, "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s",
+    return fc_fail(FC_UNSUPPORTED,
+                   "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s",
                    where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
                    args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "");
 }
 
-/* A thread must have enough work to pay for waking it: about 5 us of it, at 100 GFLOP/s. */
+/* A thread must have enough work to pay for waking it, which takes some 5 to 10 us: that long at 100 GFLOP/s. */
 #define FLOPS_PER_CPU_THREAD 5e5
 
-static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device, int64_t tasks)
+static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device,
+                           int64_t tasks)
 {
     int32_t most = p->num_threads != 0 ? p->num_threads : device->num_threads;
-    double flops = 2.0 * (double)args->batch * (double)args->num_heads_q * (double)args->seqlen_q * (double)args->seqlen_k *
-                   (double)(args->head_dim + args->head_dim_v);
+    double flops = 2.0 * (double)args->batch * (double)args->num_heads_q * (double)args->seqlen_q *
+                   (double)args->seqlen_k * (double)(args->head_dim + args->head_dim_v);
     double useful = flops / FLOPS_PER_CPU_THREAD;
     if (useful < most) most = useful < 1 ? 1 : (int32_t)useful;
     return tasks < most ? (tasks < 1 ? 1 : (int32_t)tasks) : most;
+}
+
+/* A CUDA tile is block_m rows of one query head. A CPU tile's rows are (position, query head) pairs of one key and
+ * value head, so that a group of heads shares its keys. */
+static int64_t num_tiles(const fc_forward_args *args, const fc_kernel *kernel)
+{
+    int64_t heads = args->num_heads_q, rows = args->seqlen_q;
+    if (args->batch == 0 || heads == 0 || rows == 0) return 0; /* the other sizes may then be anything */
+    if (kernel->device_type == FC_CPU) {
+        rows *= heads / args->num_heads_kv;
+        heads = args->num_heads_kv;
+    }
+    return args->batch * heads * ((rows + kernel->block_m - 1) / kernel->block_m);
 }
 
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           fc_plan *plan)
 {
     if (device->type != problem->device_type)
-        return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d", problem->device_type,
-                       device->type);
+        return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
+                       problem->device_type, device->type);
     int32_t chosen = -1;
     for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
         if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], problem->kernel) &&
@@ -184,20 +218,24 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     plan->block_m = kernel->block_m;
     plan->block_n = kernel->block_n;
     plan->num_splits = 1;
-    plan->grid = args->batch * args->num_heads_q * ((args->seqlen_q + kernel->block_m - 1) / kernel->block_m);
+    plan->grid = num_tiles(args, kernel);
     plan->num_threads = device->type == FC_CPU ? cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
     if (device->type == FC_CUDA && problem->kernel == NULL && strcmp(kernel->family, "portable") == 0)
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (strcmp(fc_kernels[i].family, "portable") != 0 && runs_on(&fc_kernels[i], device)) plan->slow |= FC_SLOW_NO_FAST_KERNEL;
+            if (strcmp(fc_kernels[i].family, "portable") != 0 && runs_on(&fc_kernels[i], device))
+                plan->slow |= FC_SLOW_NO_FAST_KERNEL;
     return FC_OK;
 }
 
-static const char *isa_name(int32_t isa) { return isa == 2 ? "AVX-512" : isa == 1 ? "AVX2" : "baseline instructions"; }
+static const char *isa_name(int32_t isa)
+{
+    return isa == 2 ? "AVX-512" : isa == 1 ? "AVX2" : "baseline instructions";
+}
 
-int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device, const fc_plan *plan,
-                char *buffer, size_t size)
+int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                const fc_plan *plan, char *buffer, size_t size)
 {
     const fc_kernel *kernel = &fc_kernels[plan->kernel];
     char where[96], why[160] = "";
@@ -205,7 +243,8 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
         snprintf(where, sizeof where, "the CPU with %s, %d thread%s", isa_name(device->isa), plan->num_threads,
                  plan->num_threads == 1 ? "" : "s");
     else
-        snprintf(where, sizeof where, "%.60s (sm_%d)", device->name[0] ? device->name : "a GPU", device->compute_capability);
+        snprintf(where, sizeof where, "%.60s (sm_%d)", device->name[0] ? device->name : "a GPU",
+                 device->compute_capability);
     if (problem->kernel != NULL)
         snprintf(why, sizeof why, "'%.60s' is forced", problem->kernel);
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)

@@ -37,8 +37,9 @@ def attention(
 
     over the keys that masks leave visible (Vaswani et al., 2017, eq. 1). A row that sees no key gives 0, never NaN.
 
-    Returns an array of query's kind, dtype, device and layout; with return_lse a pair of it and the float32 log-sum-exp.
-    Raises TypeError, ValueError, NotImplementedError, MemoryError, RuntimeError. help(flashcore.attention) has every argument.
+    Returns an array of query's kind, dtype, device and layout; with return_lse a pair of it and the log-sum-exp.
+    Raises TypeError, ValueError, NotImplementedError, MemoryError, RuntimeError. help(flashcore.attention) has every
+    argument.
     """
 
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -52,11 +53,12 @@ def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
 
 def cuda_devices() -> tuple[int, str]:
     """(number of GPUs, the reason where it is 0)."""
-
 @final
 class Buffer:
     """Memory for a result of a kind that cannot be written; handed over through DLPack."""
 
     def __new__(cls, shape: tuple[int, ...], dtype: str, device_id: int, stream: int = ...) -> Buffer: ...
-    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any: ...
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
+    ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...

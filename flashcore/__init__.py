@@ -19,11 +19,21 @@ from flashcore._C import kernels as _kernel_names
 from flashcore._C import plan as _plan
 from flashcore._C import version as __version__
 
-__all__ = ["Explanation", "Kernel", "SlowPathWarning", "__version__", "attention", "explain", "include_path", "kernels", "library_path"]
+__all__ = [
+    "Explanation",
+    "Kernel",
+    "SlowPathWarning",
+    "__version__",
+    "attention",
+    "explain",
+    "include_path",
+    "kernels",
+    "library_path",
+]
 
 
 class SlowPathWarning(UserWarning):
-    """A call runs on a kernel that is not this GPU's fast one; given once per reason. FLASHCORE_SLOW=error|warn|allow."""
+    """A call runs on a kernel that is not this GPU's fast one; once per reason. FLASHCORE_SLOW=error|warn|allow."""
 
 
 # Bits of fc_plan.slow, in words.
@@ -96,5 +106,3 @@ def library_path() -> str:
 def include_path() -> str:
     """Folder that holds flashcore.h."""
     return str(Path(__file__).parent / "include")
-
-

@@ -1,4 +1,4 @@
-"""python -m flashcore: info (what was built, what is here), paths (library and header), selftest (is every kernel right?)."""
+"""python -m flashcore: info (what was built, what is here), paths (library and header), selftest (is it right?)."""
 
 from __future__ import annotations
 

@@ -22,23 +22,25 @@ def library_of(array: Any) -> str:
 
 
 def stream_of(array: Any, device_id: int) -> int | None:
-    """Handle of the stream that the array's library works on now (0: the legacy default), or None where it has no such notion."""
+    """Handle of the stream that the array's library works on now (0: the legacy default), or None."""
     match library_of(array):
         case "cupy":
             cupy = sys.modules["cupy"]
             with cupy.cuda.Device(device_id):
-                return cupy.cuda.get_current_stream().ptr
+                return int(cupy.cuda.get_current_stream().ptr)
         case "torch":
-            return sys.modules["torch"]._C._cuda_getCurrentRawStream(device_id)
+            return int(sys.modules["torch"]._C._cuda_getCurrentRawStream(device_id))
     return None
 
 
 def stream_handle(stream: Any) -> int:
-    """Handle of a caller's `stream=`: an int, or an object with __cuda_stream__ (CUDA's Python protocol), `ptr` (CuPy) or
-    `cuda_stream` (torch)."""
+    """Handle of a caller's `stream=`: an int, or an object with __cuda_stream__ (CUDA's Python protocol), `ptr` (CuPy)
+    or `cuda_stream` (torch)."""
     if isinstance(stream, int) and not isinstance(stream, bool):
         if stream < 0:
-            raise ValueError(f"stream is {stream}; allowed: a cudaStream_t as an int (0: the legacy default stream) or a stream object")
+            raise ValueError(
+                f"stream is {stream}; allowed: a cudaStream_t as an int (0: the legacy default stream) or a stream"
+            )
         return stream
     if hasattr(stream, "__cuda_stream__"):
         version, handle = stream.__cuda_stream__()
@@ -49,14 +51,16 @@ def stream_handle(stream: Any) -> int:
         if hasattr(stream, attribute):
             return int(getattr(stream, attribute))
     raise TypeError(
-        f"stream is a {type(stream).__name__}; allowed: a cudaStream_t as an int, or an object with __cuda_stream__, ptr or cuda_stream"
+        f"stream is a {type(stream).__name__}; allowed: a cudaStream_t as an int, or an object with __cuda_stream__, "
+        "ptr or cuda_stream"
     )
 
 
 def empty(query: Any, shape: tuple[int, ...], dtype: str, device_id: int, stream: int) -> tuple[Any, Finish | None]:
     """An array of the query's kind to write a result to, on GPU `device_id` (-1: the CPU).
 
-    Returns (destination, finish): the extension writes to destination, then finish(), where not None, gives the array to return.
+    Returns (destination, finish): the extension writes to destination, then finish(), where not None, gives the array
+    to return.
     """
     library = library_of(query)
     if library == "jax":
@@ -79,14 +83,21 @@ def empty(query: Any, shape: tuple[int, ...], dtype: str, device_id: int, stream
         namespace = query.__array_namespace__()
         return namespace.empty(shape, dtype=getattr(namespace, dtype), device=query.device), None
     raise TypeError(
-        f"query is a {type(query).__module__}.{type(query).__qualname__}, and how to make a result of that kind is unknown; "
+        f"query is a {type(query).__module__}.{type(query).__qualname__}, and how to make a result of it is unknown; "
         f"pass out=, an array of shape {shape} and dtype {dtype}"
     )
 
 
 def torch_function_modes_are_harmless() -> bool:
-    """True where every active torch function mode is one that leaves calls on existing tensors alone: set_default_device's."""
+    """True where every active torch function mode is set_default_device's, which leaves calls alone."""
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def torch_has_tangent(tensor: Any) -> bool:
+    """True where a tensor carries a forward-mode tangent. Asked only inside torch.autograd.forward_ad.dual_level()."""
+    from torch.autograd.forward_ad import unpack_dual
+
+    return unpack_dual(tensor).tangent is not None

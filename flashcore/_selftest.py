@@ -1,7 +1,7 @@
 """python -m flashcore selftest: every kernel that this machine can run, against the formula in float64.
 
-A few problems per kernel, chosen so that each option of the call is met; the project's test suite is the thorough one. Needs
-NumPy; for GPU kernels also CuPy or torch, to put arrays there.
+A few problems per kernel, chosen so that each option of the call is met; the project's test suite is the thorough one.
+Needs NumPy; for GPU kernels also torch or CuPy, to put arrays there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import flashcore
 
-# Units in the last place of each dtype, relative to 1. The error of a result of size 1 is a small multiple of it; 4 covers the
-# roundings of scores, probabilities and output, and float32's longer sums.
+# Units in the last place of each dtype, relative to 1. The error of a result of size 1 is a small multiple of it; 4
+# covers the roundings of scores, probabilities and output, and float32's longer sums.
 _ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-19, "float64": 2.0**-46}
 _ALLOWED_ULPS = 4
 
@@ -61,8 +61,20 @@ def _arrays(np: Any, shape: tuple[int, ...], options: dict[str, Any]) -> tuple[d
     return arrays, plain
 
 
-def _formula(np: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, *,
-             is_causal: Any = False, window: Any = None, softcap: float = 0.0, scale: float | None = None) -> Any:  # fmt: skip
+def _formula(
+    np: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    *,
+    is_causal: Any = False,
+    window: Any = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Any:
     """The formula of flashcore.attention's docstring, in float64."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat(group, axis=1), value.repeat(group, axis=1)
@@ -82,7 +94,11 @@ def _formula(np: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, a
     if alibi_slopes is not None:
         score = score - alibi_slopes[:, None, None] * abs(d)
     score = np.where(visible, score, -np.inf)
-    extra = np.full(score.shape[:3] + (1,), -np.inf) if sinks is None else np.broadcast_to(sinks[:, None, None], score.shape[:3] + (1,))
+    extra = (
+        np.full((*score.shape[:3], 1), -np.inf)
+        if sinks is None
+        else np.broadcast_to(sinks[:, None, None], (*score.shape[:3], 1))
+    )
     most = np.maximum(score.max(axis=-1, keepdims=True), extra)
     most = np.where(np.isfinite(most), most, 0.0)
     weight = np.exp(score - most)
@@ -111,12 +127,16 @@ def _gpu_places() -> tuple[Place, Place] | None:
         import torch
 
         def to_torch(x: Any) -> Any:  # NumPy's bfloat16 is foreign to torch: over as bits
-            return torch.from_numpy(x.view("int16")).view(torch.bfloat16).cuda() if x.dtype == "bfloat16" else torch.from_numpy(x).cuda()
+            return (
+                torch.from_numpy(x.view("int16")).view(torch.bfloat16).cuda()
+                if x.dtype == "bfloat16"
+                else torch.from_numpy(x).cuda()
+            )
 
         if torch.cuda.is_available():
             return to_torch, lambda x: x.float().cpu().numpy()
     if find_spec("cupy"):
-        import cupy  # type: ignore[import-not-found,unused-ignore]
+        import cupy
 
         return cupy.asarray, lambda x: cupy.asnumpy(x).astype("float32")
     return None
@@ -129,7 +149,15 @@ def _dtypes_of(kernel: flashcore.Kernel) -> list[str]:
     return [kernel.name.split("_")[1]]
 
 
-def _error(np: Any, kernel: flashcore.Kernel, dtype: str, shape: tuple[int, ...], options: dict[str, Any], to: Place, back: Place) -> float:
+def _error(
+    np: Any,
+    kernel: flashcore.Kernel,
+    dtype: str,
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+    to: Place,
+    back: Place,
+) -> float:
     """Largest difference to the formula, in allowed errors: up to 1.0 is right. NaN where the kernel gives one."""
     if dtype == "bfloat16":
         import ml_dtypes
@@ -141,7 +169,9 @@ def _error(np: Any, kernel: flashcore.Kernel, dtype: str, shape: tuple[int, ...]
     rounded = {name: x if x.dtype == bool else x.astype(kind) for name, x in arrays.items()}
     with _forced(kernel.name):
         result = back(flashcore.attention(**{name: to(x) for name, x in rounded.items()}, **plain)).astype(np.float64)
-    exact = _formula(np, **{name: x if x.dtype == bool else x.astype(np.float64) for name, x in rounded.items()}, **plain)
+    exact = _formula(
+        np, **{name: x if x.dtype == bool else x.astype(np.float64) for name, x in rounded.items()}, **plain
+    )
     return float(abs(result - exact).max() / (_ALLOWED_ULPS * _ULP[dtype] * max(1.0, abs(exact).max())))
 
 
@@ -177,6 +207,10 @@ def selftest() -> int:
             right = worst <= 1.0
             failures += not right
             tried += 1
-            print(f"{kernel.name:32} {dtype:9} {'right' if right else 'WRONG':5} {count} problems, worst {worst:.2f} of the allowed error ({where})", flush=True)
+            print(
+                f"{kernel.name:32} {dtype:9} {'right' if right else 'WRONG':5} {count} problems, "
+                f"worst {worst:.2f} of the allowed error ({where})",
+                flush=True,
+            )
     print(f"{tried - failures} of {tried} right, {time.monotonic() - start:.1f} s")
     return 1 if failures else 0

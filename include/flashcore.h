@@ -88,11 +88,11 @@ typedef struct fc_tensor {
 } fc_tensor;
 
 /* Bits of fc_attention_problem.flags. */
-#define FC_CAUSAL (1u << 0)        /* hide keys with d > 0, d = j - i - diagonal */
-#define FC_LOWER_RIGHT (1u << 1)   /* diagonal is seqlen_k - seqlen_q; the field must be 0 */
-#define FC_WINDOW_LEFT (1u << 2)   /* hide keys with d < -window_left */
-#define FC_WINDOW_RIGHT (1u << 3)  /* hide keys with d > window_right */
-#define FC_SCALE (1u << 4)         /* use the field `scale`, whatever it holds; else 1/sqrt(head_dim) */
+#define FC_CAUSAL        (1u << 0) /* hide keys with d > 0, d = j - i - diagonal */
+#define FC_LOWER_RIGHT   (1u << 1) /* diagonal is seqlen_k - seqlen_q; the field must be 0 */
+#define FC_WINDOW_LEFT   (1u << 2) /* hide keys with d < -window_left */
+#define FC_WINDOW_RIGHT  (1u << 3) /* hide keys with d > window_right */
+#define FC_SCALE         (1u << 4) /* use the field `scale`, whatever it holds; else 1/sqrt(head_dim) */
 #define FC_DETERMINISTIC (1u << 5) /* a row's bits do not depend on the batch around it */
 
 typedef struct fc_attention_problem {
@@ -102,21 +102,21 @@ typedef struct fc_attention_problem {
 
     /* Any of these may be 0 except the head counts' divisibility and the two head dimensions. */
     int64_t batch;
-    int64_t num_heads_q;  /* a multiple of num_heads_kv: query head h reads kv head h / (q / kv) */
+    int64_t num_heads_q; /* a multiple of num_heads_kv: query head h reads kv head h / (q / kv) */
     int64_t num_heads_kv;
     int64_t seqlen_q;
     int64_t seqlen_k;
-    int64_t head_dim;     /* of query and key, 1 to 256 */
-    int64_t head_dim_v;   /* of value and out, 1 to 256 */
+    int64_t head_dim;   /* of query and key, 1 to 256 */
+    int64_t head_dim_v; /* of value and out, 1 to 256 */
 
-    fc_tensor query;      /* [batch, num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, float64 */
-    fc_tensor key;        /* [batch, num_heads_kv, seqlen_k, head_dim], query's dtype */
-    fc_tensor value;      /* [batch, num_heads_kv, seqlen_k, head_dim_v], query's dtype */
-    fc_tensor out;        /* [batch, num_heads_q, seqlen_q, head_dim_v], query's dtype; no two elements at
-                             one address, no overlap with an input (the library cannot see that; you can) */
-    fc_tensor lse;        /* optional: [batch, num_heads_q, seqlen_q] float32 (float64 for float64) */
-    fc_tensor attn_mask;  /* optional: [batch, num_heads_q, seqlen_q, seqlen_k], broadcast by stride 0;
-                             bool (true = attend), or query's dtype or float32, added to the score */
+    fc_tensor query;        /* [batch, num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, float64 */
+    fc_tensor key;          /* [batch, num_heads_kv, seqlen_k, head_dim], query's dtype */
+    fc_tensor value;        /* [batch, num_heads_kv, seqlen_k, head_dim_v], query's dtype */
+    fc_tensor out;          /* [batch, num_heads_q, seqlen_q, head_dim_v], query's dtype; no two elements at
+                               one address, no overlap with an input (the library cannot see that; you can) */
+    fc_tensor lse;          /* optional: [batch, num_heads_q, seqlen_q] float32 (float64 for float64) */
+    fc_tensor attn_mask;    /* optional: [batch, num_heads_q, seqlen_q, seqlen_k], broadcast by stride 0;
+                               bool (true = attend), or query's dtype or float32, added to the score */
     fc_tensor alibi_slopes; /* optional: [batch, num_heads_q]; query's dtype or float32 */
     fc_tensor sinks;        /* optional: [batch, num_heads_q]; query's dtype or float32; a logit */
 
@@ -138,15 +138,15 @@ typedef struct fc_attention_problem {
  */
 typedef struct fc_device {
     uint64_t struct_size;
-    int32_t type;                /* fc_device_type */
+    int32_t type; /* fc_device_type */
     int32_t id;
     char name[64];
-    int32_t compute_capability;  /* CUDA: 10 * major + minor, 90 for Hopper */
+    int32_t compute_capability; /* CUDA: 10 * major + minor, 90 for Hopper */
     int32_t num_sms;
     int32_t smem_bytes_per_block; /* the most one block may ask for */
-    int32_t driver_version;      /* CUDA: as cuDriverGetVersion, 13000 for 13.0 */
-    int32_t isa;                 /* CPU: 0 baseline, 1 AVX2 with FMA and F16C, 2 AVX-512 (F, BW, DQ, VL) */
-    int32_t num_threads;         /* CPU: what OMP_NUM_THREADS or the affinity mask gives */
+    int32_t driver_version;       /* CUDA: as cuDriverGetVersion, 13000 for 13.0 */
+    int32_t isa;                  /* CPU: 0 baseline, 1 AVX2 with FMA and F16C, 2 AVX-512 (F, BW, DQ, VL) */
+    int32_t num_threads;          /* CPU: what OMP_NUM_THREADS or the affinity mask gives */
     int64_t l2_bytes;
 } fc_device;
 

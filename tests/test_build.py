@@ -1,7 +1,7 @@
 """The ways to build and install, each in a copy of the sources and new virtual environments: `make test-build`.
 
-Marked `build` and left out of `make test`, for they take minutes. What is asked of every wheel: its tag, its files, what its
-libraries export and need, and a right answer in an environment that never saw the sources.
+Marked `build` and left out of `make test`, for they take minutes. What is asked of every wheel: its tag, its files,
+what its libraries export and need, and a right answer in an environment that never saw the sources.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_pip_brings_nvcc(sources: Path, fresh_python: Path, tmp_path: Path) -> N
 
 
 def test_all_architectures(sources: Path, fresh_python: Path, tmp_path: Path) -> None:
-    """What is built where no GPU is present. The budget is 6 minutes on 2 cores; twice that is a failure on any machine."""
+    """What is built where no GPU is present. The budget is 6 minutes on 2 cores; twice that fails on any machine."""
     start = time.monotonic()
     wheel, said = build_wheel(
         fresh_python,

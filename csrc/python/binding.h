@@ -72,9 +72,10 @@ typedef struct fc_state {
 
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
-        PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level, *tracing_state;
-        PyObject *get_num_threads;
-        PyObject *name_requires_grad, *name_is_neg, *name_layout;
+        PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
+            *tracing_state;
+        PyObject *forward_ad, *get_num_threads;
+        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level;
     } torch;
 
     struct {
@@ -85,8 +86,8 @@ typedef struct fc_state {
 
 /* tensor.c. import: stream is the call's, for producers that order themselves; NULL where none is known. */
 int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind);
-int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream, bool has_stream,
-                    fc_array *array);
+int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                    bool has_stream, fc_array *array);
 void fc_array_release(fc_array *array);
 int fc_array_from_dl(fc_array *array, const dl_tensor *tensor);
 const char *fc_dtype_word(int32_t dtype);
@@ -97,7 +98,8 @@ PyObject *fc_interop(fc_state *state, const char *function); /* new reference */
 /* numpy.c. is_exact: numpy.ndarray or numpy.memmap; another subclass may mean something else by its data. */
 int fc_numpy_classify(fc_state *state, PyObject *object, bool *is_array, bool *is_exact);
 int fc_numpy_import(fc_state *state, PyObject *object, fc_array *array);
-PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int ndim, const int64_t *shape, fc_array *array);
+PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int ndim, const int64_t *shape,
+                       fc_array *array);
 
 /* torch.c */
 int fc_torch_load(fc_state *state, PyObject *torch);
@@ -125,16 +127,18 @@ typedef struct fc_batches {
     int64_t strides[FC_NUM_OPERANDS][FC_MAX_NDIM];
 } fc_batches;
 
-int fc_geometry_of(const fc_array *query, const fc_array *key, const fc_array *value, bool heads_inside, fc_geometry *geometry);
-int fc_place(const fc_geometry *geometry, enum fc_operand operand, const fc_array *array, fc_tensor *tensor, fc_batches *batches);
+int fc_geometry_of(const fc_array *query, const fc_array *key, const fc_array *value, bool heads_inside,
+                   fc_geometry *geometry);
+int fc_place(const fc_geometry *geometry, enum fc_operand operand, const fc_array *array, fc_tensor *tensor,
+             fc_batches *batches);
 void fc_fold(fc_batches *batches);
 bool fc_arrays_overlap(const fc_array *a, const fc_array *b);
 void fc_format_shape(char *text, size_t size, int ndim, const int64_t *shape);
 
 /* result.c. Makes the array of the query's kind that will hold a result, and describes it in `array`.
  * *finish, where not NULL afterwards, is called after the work to give the object to return. */
-int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim, const int64_t *shape,
-                  void *stream, fc_array *array, PyObject **object, PyObject **finish);
+int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
+                  const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish);
 
 /* buffer.c */
 extern PyType_Spec fc_buffer_spec;

@@ -20,8 +20,7 @@ typedef struct block {
 } block;
 
 typedef struct fc_buffer {
-    PyObject_HEAD
-    block *block;
+    PyObject_HEAD block *block;
 } fc_buffer;
 
 static void block_release(block *b)
@@ -48,7 +47,8 @@ static void delete_versioned(dl_managed_versioned *managed)
 static void drop_capsule(PyObject *capsule)
 {
     if (PyCapsule_IsValid(capsule, "dltensor")) delete_managed(PyCapsule_GetPointer(capsule, "dltensor"));
-    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) delete_versioned(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
+        delete_versioned(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
 }
 
 static void fill_tensor(dl_tensor *tensor, block *b)
@@ -89,7 +89,8 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keyword
 {
     static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
     PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|$OOOO", names, &stream, &max_version, &device, &copy)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|$OOOO", names, &stream, &max_version, &device, &copy))
+        return NULL;
     block *b = ((fc_buffer *)self)->block;
     if (copy == Py_True) {
         PyErr_SetString(PyExc_BufferError, "copy=True is not offered; this buffer is handed over as it is");
@@ -132,7 +133,8 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     PyObject *shape, *stream = NULL;
     const char *word;
     int device_id;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!si|O!", names, &PyTuple_Type, &shape, &word, &device_id, &PyLong_Type, &stream))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!si|O!", names, &PyTuple_Type, &shape, &word, &device_id,
+                                     &PyLong_Type, &stream))
         return NULL;
     block *b = calloc(1, sizeof *b);
     if (b == NULL) return PyErr_NoMemory();
@@ -147,11 +149,13 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     for (int i = b->ndim - 1; i >= 0 && fits; i--) {
         b->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
         b->strides[i] = step;
-        fits = b->shape[i] >= 0 && !__builtin_mul_overflow(step, b->shape[i] > 0 ? b->shape[i] : 1, &step) && step < INT64_MAX / 16;
+        fits = b->shape[i] >= 0 && !__builtin_mul_overflow(step, b->shape[i] > 0 ? b->shape[i] : 1, &step) &&
+               step < INT64_MAX / 16;
     }
     if (!fits) {
         free(b);
-        if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "Buffer of shape %R and dtype '%s' cannot be", shape, word);
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "Buffer of shape %R and dtype '%s' cannot be", shape, word);
         return NULL;
     }
     bool empty = false;
@@ -182,7 +186,8 @@ static void buffer_dealloc(PyObject *self)
 }
 
 static PyMethodDef buffer_methods[] = {
-    {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, "A DLPack capsule of this memory."},
+    {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS,
+     "A DLPack capsule of this memory."},
     {"__dlpack_device__", buffer_dlpack_device, METH_NOARGS, "(device_type, device_id), as DLPack numbers them."},
     {NULL, NULL, 0, NULL},
 };

@@ -2,8 +2,8 @@
  * call.c - attention(): parse, route, run, return. plan() shares all of it up to the result.
  *
  * There is no Python frame between the caller and the kernel: arguments are read straight from the vector call, arrays
- * are imported in place, the result is made by the query's own allocator, and the GIL is released around the kernel. The rules
- * on shapes and options live in the C library (check.c); what stands here is what only Python can say.
+ * are imported in place, the result is made by the query's own allocator, and the GIL is released around the kernel.
+ * The rules on shapes and options live in the C library (check.c); what stands here is what only Python can say.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,15 +13,34 @@
 
 /* Signature order; the first eight are PyTorch's and the first eight may be given by position. */
 enum parameter {
-    QUERY, KEY, VALUE, ATTN_MASK, DROPOUT_P, IS_CAUSAL, SCALE, ENABLE_GQA,
-    WINDOW, DIAGONAL, SOFTCAP, ALIBI_SLOPES, SINKS, LAYOUT, RETURN_LSE, OUT, DETERMINISTIC, STREAM, BLOCK_M, BLOCK_N,
+    QUERY,
+    KEY,
+    VALUE,
+    ATTN_MASK,
+    DROPOUT_P,
+    IS_CAUSAL,
+    SCALE,
+    ENABLE_GQA,
+    WINDOW,
+    DIAGONAL,
+    SOFTCAP,
+    ALIBI_SLOPES,
+    SINKS,
+    LAYOUT,
+    RETURN_LSE,
+    OUT,
+    DETERMINISTIC,
+    STREAM,
+    BLOCK_M,
+    BLOCK_N,
     NUM_PARAMETERS
 };
 enum { NUM_POSITIONAL = 8 };
 
 const char *const fc_parameter_names[] = {
-    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
-    "window", "diagonal", "softcap", "alibi_slopes", "sinks", "layout", "return_lse", "out", "deterministic", "stream", "block_m", "block_n",
+    "query",      "key",    "value",         "attn_mask", "dropout_p",    "is_causal", "scale",
+    "enable_gqa", "window", "diagonal",      "softcap",   "alibi_slopes", "sinks",     "layout",
+    "return_lse", "out",    "deterministic", "stream",    "block_m",      "block_n",
 };
 const int fc_num_parameters = NUM_PARAMETERS;
 
@@ -37,21 +56,24 @@ typedef struct fc_call {
     fc_geometry geometry;
     fc_batches batches;
     fc_attention_problem problem;
+    char forced_kernel[64]; /* a copy: os.environ may change once the GIL is released */
 } fc_call;
 
 static const struct {
     enum fc_operand operand;
     enum parameter parameter;
 } inputs[] = {
-    {FC_QUERY, QUERY}, {FC_KEY, KEY}, {FC_VALUE, VALUE}, {FC_MASK, ATTN_MASK}, {FC_ALIBI, ALIBI_SLOPES}, {FC_SINKS, SINKS},
+    {FC_QUERY, QUERY},        {FC_KEY, KEY},     {FC_VALUE, VALUE}, {FC_MASK, ATTN_MASK},
+    {FC_ALIBI, ALIBI_SLOPES}, {FC_SINKS, SINKS},
 };
 enum { NUM_INPUTS = sizeof inputs / sizeof inputs[0] };
 
 static fc_tensor *tensor_of(fc_attention_problem *problem, enum fc_operand operand)
 {
     fc_tensor *const tensors[FC_NUM_OPERANDS] = {
-        [FC_QUERY] = &problem->query, [FC_KEY] = &problem->key,        [FC_VALUE] = &problem->value,
-        [FC_OUT] = &problem->out,     [FC_LSE] = &problem->lse,        [FC_MASK] = &problem->attn_mask,
+        [FC_QUERY] = &problem->query, [FC_KEY] = &problem->key,
+        [FC_VALUE] = &problem->value, [FC_OUT] = &problem->out,
+        [FC_LSE] = &problem->lse,     [FC_MASK] = &problem->attn_mask,
         [FC_SINKS] = &problem->sinks, [FC_ALIBI] = &problem->alibi_slopes,
     };
     return tensors[operand];
@@ -82,7 +104,8 @@ static int find_parameter(fc_state *state, PyObject *name)
 static int read_arguments(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     if (num_args > NUM_POSITIONAL) {
-        PyErr_Format(PyExc_TypeError, "attention() takes at most %d positional arguments (%zd given); from 'window' on, name them",
+        PyErr_Format(PyExc_TypeError,
+                     "attention() takes at most %d positional arguments (%zd given); from 'window' on, name them",
                      NUM_POSITIONAL, num_args);
         return -1;
     }
@@ -123,6 +146,17 @@ static int refuse_type(const fc_call *call, enum parameter at, const char *allow
     return -1;
 }
 
+/* numpy.bool, which is neither a bool nor an int. */
+static bool is_numpy_bool(PyObject *given)
+{
+    PyObject *name = PyType_GetName(Py_TYPE(given));
+    bool found = name != NULL && (PyUnicode_CompareWithASCIIString(name, "bool") == 0 ||
+                                  PyUnicode_CompareWithASCIIString(name, "bool_") == 0);
+    Py_XDECREF(name);
+    PyErr_Clear();
+    return found;
+}
+
 static int read_bool(const fc_call *call, enum parameter at, bool *value)
 {
     PyObject *given = call->given[at];
@@ -131,15 +165,23 @@ static int read_bool(const fc_call *call, enum parameter at, bool *value)
         *value = given == Py_True;
         return 0;
     }
-    if (!PyLong_Check(given)) return refuse_type(call, at, at == IS_CAUSAL ? "True, False, 'lower_right'" : "True, False");
-    *value = PyObject_IsTrue(given) == 1;
-    return 0;
+    if (!PyLong_Check(given) && !is_numpy_bool(given))
+        return refuse_type(call, at, at == IS_CAUSAL ? "True, False, 'lower_right'" : "True, False");
+    int truth = PyObject_IsTrue(given);
+    *value = truth == 1;
+    return truth < 0 ? -1 : 0;
 }
 
 static int read_double(const fc_call *call, enum parameter at, double *value)
 {
     *value = PyFloat_AsDouble(call->given[at]);
     if (*value != -1.0 || !PyErr_Occurred()) return 0;
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s is an int beyond what a float holds; it must be finite",
+                     fc_parameter_names[at]);
+        return -1;
+    }
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
     PyErr_Clear();
     return refuse_type(call, at, "a number or None");
@@ -185,10 +227,14 @@ static int read_side(PyObject *side, const char *name, uint32_t flag, int64_t *v
 
 static int read_window(const fc_call *call, fc_attention_problem *problem)
 {
+    static const char allowed[] = "None or a pair (left, right) of ints, None or -1 leaving a side open";
     PyObject *given = call->given[WINDOW];
     if (given == NULL) return 0;
-    if ((!PyTuple_Check(given) && !PyList_Check(given)) || PySequence_Size(given) != 2)
-        return refuse_type(call, WINDOW, "None or a pair (left, right) of ints, None or -1 leaving a side open");
+    if (!PyTuple_Check(given) && !PyList_Check(given)) return refuse_type(call, WINDOW, allowed);
+    if (PySequence_Size(given) != 2) {
+        PyErr_Format(PyExc_ValueError, "window is %R; allowed: %s", given, allowed);
+        return -1;
+    }
     PyObject *left = PySequence_GetItem(given, 0), *right = PySequence_GetItem(given, 1);
     int error = left == NULL || right == NULL ||
                 read_side(left, "window's left side", FC_WINDOW_LEFT, &problem->window_left, &problem->flags) != 0 ||
@@ -229,7 +275,8 @@ static int read_causal(const fc_call *call, fc_attention_problem *problem)
             return -1;
         }
         if (call->given[DIAGONAL] != NULL && !is_word(call->given[DIAGONAL], "lower_right")) {
-            PyErr_Format(PyExc_ValueError, "is_causal is 'lower_right' and diagonal is %R; give one of them", call->given[DIAGONAL]);
+            PyErr_Format(PyExc_ValueError, "is_causal is 'lower_right' and diagonal is %R; give one of them",
+                         call->given[DIAGONAL]);
             return -1;
         }
         problem->flags |= FC_CAUSAL | FC_LOWER_RIGHT;
@@ -246,7 +293,8 @@ static int read_block(const fc_call *call, enum parameter at, int32_t *block)
     int64_t value;
     if (read_int64(call->given[at], fc_parameter_names[at], &value) != 0) return -1;
     if (value < 1 || value > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "%s is %lld; allowed: None to let the library choose, or a size that explain() names",
+        PyErr_Format(PyExc_ValueError,
+                     "%s is %lld; allowed: None to let the library choose, or a size that explain() names",
                      fc_parameter_names[at], (long long)value);
         return -1;
     }
@@ -261,7 +309,8 @@ static int read_dropout(const fc_call *call)
     if (read_double(call, DROPOUT_P, &p) != 0) return -1;
     if (p == 0) return 0;
     if (p > 0 && p <= 1)
-        PyErr_Format(PyExc_NotImplementedError, "dropout_p is %R, and flashcore %s has no dropout yet; pass 0.0 (as in evaluation)",
+        PyErr_Format(PyExc_NotImplementedError,
+                     "dropout_p is %R, and flashcore %s has no dropout yet; pass 0.0 (as in evaluation)",
                      call->given[DROPOUT_P], fc_version());
     else
         PyErr_Format(PyExc_ValueError, "dropout_p is %R; allowed: 0.0 to 1.0", call->given[DROPOUT_P]);
@@ -285,7 +334,10 @@ static int read_options(fc_call *call)
     }
     if (call->given[SOFTCAP] != NULL && read_double(call, SOFTCAP, &problem->softcap) != 0) return -1;
     const char *forced = getenv("FLASHCORE_FORCE");
-    if (forced != NULL && forced[0] != '\0') problem->kernel = forced;
+    if (forced != NULL && forced[0] != '\0') {
+        snprintf(call->forced_kernel, sizeof call->forced_kernel, "%s", forced);
+        problem->kernel = call->forced_kernel;
+    }
     return 0;
 }
 
@@ -294,8 +346,10 @@ static int read_layout(const fc_call *call, bool *heads_inside)
     PyObject *given = call->given[LAYOUT];
     *heads_inside = is_word(given, "bshd");
     if (given == NULL || *heads_inside || is_word(given, "bhsd")) return 0;
-    PyErr_Format(PyUnicode_Check(given) ? PyExc_ValueError : PyExc_TypeError,
-                 "layout is %R; allowed: 'bhsd' (batch, heads, sequence, head_dim), 'bshd' (batch, sequence, heads, head_dim)", given);
+    PyErr_Format(
+        PyUnicode_Check(given) ? PyExc_ValueError : PyExc_TypeError,
+        "layout is %R; allowed: 'bhsd' (batch, heads, sequence, head_dim), 'bshd' (batch, sequence, heads, head_dim)",
+        given);
     return -1;
 }
 
@@ -314,12 +368,13 @@ static int32_t cuda_device_of(PyObject *object)
 }
 
 /* Asks flashcore._interop for a stream handle; *has is false for None. */
-static int ask_stream(fc_state *state, const char *function_name, PyObject *object, int32_t device_id, bool *has, void **stream)
+static int ask_stream(fc_state *state, const char *function_name, PyObject *object, int32_t device_id, bool *has,
+                      void **stream)
 {
     PyObject *function = fc_interop(state, function_name);
-    PyObject *handle = function == NULL  ? NULL
-                       : device_id < 0 ? PyObject_CallFunctionObjArgs(function, object, NULL)
-                                       : PyObject_CallFunction(function, "Oi", object, (int)device_id);
+    PyObject *handle = function == NULL ? NULL
+                       : device_id < 0  ? PyObject_CallFunctionObjArgs(function, object, NULL)
+                                        : PyObject_CallFunction(function, "Oi", object, (int)device_id);
     Py_XDECREF(function);
     if (handle == NULL) return -1;
     *has = handle != Py_None;
@@ -328,24 +383,25 @@ static int ask_stream(fc_state *state, const char *function_name, PyObject *obje
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* The stream of a query that speaks no exchange API must be known before its data is asked for. */
+static int refuse_stream(const fc_call *call, bool on_cpu)
+{
+    PyErr_Format(PyExc_ValueError, "stream is %R, but the query %s", call->given[STREAM],
+                 on_cpu ? "is a CPU array; leave stream out"
+                        : "comes from a library with a current stream of its own, which is used; enter it there (with "
+                          "torch.cuda.stream(s): "
+                          "or with s:) and leave stream out");
+    return -1;
+}
+
+/* A query of another protocol must know the stream before its data is asked for: its library's, or the caller's. */
 static int find_stream(fc_call *call, const fc_kind *kind)
 {
     PyObject *query = call->given[QUERY];
-    int32_t device_id = kind->protocol == FC_BY_DLPACK ? cuda_device_of(query) : kind->protocol == FC_BY_CAI ? 0 : -1;
-    if (device_id >= 0 && ask_stream(call->state, "stream_of", query, device_id, &call->has_stream, &call->stream) != 0) return -1;
+    int32_t device_id = kind->protocol == FC_BY_DLPACK ? cuda_device_of(query) : 0;
+    if (device_id >= 0 && ask_stream(call->state, "stream_of", query, device_id, &call->has_stream, &call->stream) != 0)
+        return -1;
     if (call->given[STREAM] == NULL) return 0;
-    if (device_id < 0 && kind->protocol != FC_BY_EXCHANGE) {
-        PyErr_Format(PyExc_ValueError, "stream is %R, but the query is a CPU array; leave stream out", call->given[STREAM]);
-        return -1;
-    }
-    if (call->has_stream || kind->protocol == FC_BY_EXCHANGE) {
-        PyErr_Format(PyExc_ValueError,
-                     "stream is %R, but the query's library has a current stream of its own, which is used; enter it there (with "
-                     "torch.cuda.stream(s): or with s:) and leave stream out",
-                     call->given[STREAM]);
-        return -1;
-    }
+    if (device_id < 0 || call->has_stream) return refuse_stream(call, device_id < 0);
     return ask_stream(call->state, "stream_handle", call->given[STREAM], -1, &call->has_stream, &call->stream);
 }
 
@@ -358,10 +414,13 @@ static int import_one(fc_call *call, enum fc_operand operand, const char *name, 
         call->any_torch = true;
         if (fc_torch_check_tensor(call->state, name, object) != 0) return -1;
     }
-    if (operand == FC_QUERY && kind.protocol != FC_BY_NUMPY && find_stream(call, &kind) != 0) return -1;
+    bool asks_stream = kind.protocol == FC_BY_DLPACK || kind.protocol == FC_BY_CAI;
+    if (operand == FC_QUERY && asks_stream && find_stream(call, &kind) != 0) return -1;
     fc_array *array = &call->arrays[operand];
     if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0) return -1;
     call->has[operand] = true;
+    if (operand == FC_QUERY && !asks_stream && call->given[STREAM] != NULL)
+        return refuse_stream(call, array->device_type == FC_CPU);
     if (operand == FC_QUERY && !call->has_stream && array->has_stream) {
         call->stream = array->stream; /* the exchange API's, or what a CUDA array interface names */
         call->has_stream = true;
@@ -392,7 +451,8 @@ static int check_devices(fc_call *call)
         char ours[32], theirs[32];
         format_device(ours, sizeof ours, query);
         format_device(theirs, sizeof theirs, array);
-        PyErr_Format(PyExc_ValueError, "query is on %s and %s on %s; all arrays must be on one device", ours, array->name, theirs);
+        PyErr_Format(PyExc_ValueError, "query is on %s and %s on %s; all arrays must be on one device", ours,
+                     array->name, theirs);
         return -1;
     }
     call->problem.device_type = query->device_type;
@@ -419,14 +479,17 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
 {
     bool heads_inside;
     call->problem.struct_size = sizeof call->problem;
-    if (read_arguments(call, args, num_args, keyword_names) != 0 || read_layout(call, &heads_inside) != 0 || read_options(call) != 0)
+    if (read_arguments(call, args, num_args, keyword_names) != 0 || read_layout(call, &heads_inside) != 0 ||
+        read_options(call) != 0)
         return -1;
     for (int i = 0; i < NUM_INPUTS; i++) {
         PyObject *object = call->given[inputs[i].parameter];
-        if (object != NULL && import_one(call, inputs[i].operand, fc_parameter_names[inputs[i].parameter], object) != 0) return -1;
+        if (object != NULL && import_one(call, inputs[i].operand, fc_parameter_names[inputs[i].parameter], object) != 0)
+            return -1;
     }
     fc_geometry *g = &call->geometry;
-    if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE], heads_inside, g) != 0) return -1;
+    if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE], heads_inside, g) != 0)
+        return -1;
     for (int i = 0; i < NUM_INPUTS; i++) {
         enum fc_operand operand = inputs[i].operand;
         if (call->has[operand] &&
@@ -498,7 +561,8 @@ static int make_result(fc_call *call, enum fc_operand operand, fc_result *result
         Py_INCREF(result->object);
     } else {
         if (fc_result_new(call->state, query, is_lse ? "lse" : "out", dtype, is_lse ? g->lse_ndim : g->out_ndim,
-                          is_lse ? g->lse_shape : g->out_shape, call->stream, &call->arrays[operand], &result->object, &result->finish) != 0)
+                          is_lse ? g->lse_shape : g->out_shape, call->stream, &call->arrays[operand], &result->object,
+                          &result->finish) != 0)
             return -1;
         call->has[operand] = true;
     }
@@ -536,7 +600,8 @@ static int report_slow(fc_state *state, const fc_attention_problem *problem, con
         Py_XDECREF(package);
         if (state->slow_warning == NULL) return -1;
     }
-    return PyErr_WarnFormat(state->slow_warning, 1, "%s FLASHCORE_SLOW=allow silences this, =error refuses such calls.", text);
+    return PyErr_WarnFormat(state->slow_warning, 1, "%s FLASHCORE_SLOW=allow silences this, =error refuses such calls.",
+                            text);
 }
 
 /* Steps every operand's pointer to the batch `index` of the dimensions that did not fold, outermost ones. */
@@ -549,7 +614,8 @@ static void step_to(fc_call *call, const fc_tensor first[FC_NUM_OPERANDS], int n
             offset += rest % call->batches.shape[i] * call->batches.strides[operand][i];
             rest /= call->batches.shape[i];
         }
-        tensor_of(&call->problem, operand)->data = (char *)first[operand].data + offset * fc_dtype_size(first[operand].dtype);
+        tensor_of(&call->problem, operand)->data =
+            (char *)first[operand].data + offset * fc_dtype_size(first[operand].dtype);
     }
 }
 
@@ -594,17 +660,16 @@ static int run(fc_call *call)
 
     void *workspace = NULL;
     fc_status status = FC_OK;
-    Py_BEGIN_ALLOW_THREADS
-    if (plan.workspace_bytes > 0)
-        status = fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
+    Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
+        fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
     for (int64_t i = 0; i < num_calls && status == FC_OK; i++) {
         if (num_calls > 1) step_to(call, first, call->batches.ndim - 1, i);
         status = fc_attention_forward(problem, workspace, plan.workspace_bytes, call->stream);
     }
-    if (workspace != NULL && fc_free(problem->device_type, problem->device_id, workspace, call->stream) != FC_OK && status == FC_OK)
+    if (workspace != NULL && fc_free(problem->device_type, problem->device_id, workspace, call->stream) != FC_OK &&
+        status == FC_OK)
         status = FC_CUDA_ERROR;
-    Py_END_ALLOW_THREADS
-    if (status != FC_OK) return raise_status(status);
+    Py_END_ALLOW_THREADS if (status != FC_OK) return raise_status(status);
     return order_streams(call, false);
 }
 
@@ -686,10 +751,11 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     }
     char text[512];
     fc_plan_describe(&call.problem, NULL, &plan, text, sizeof text);
-    returned = Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:s}", "kernel", fc_kernel_name(plan.kernel), "block_m", plan.block_m,
-                             "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads", plan.num_threads, "num_tiles",
-                             (long long)plan.grid, "num_calls", (long long)num_calls, "workspace_bytes",
-                             (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
+    returned =
+        Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:s}", "kernel", fc_kernel_name(plan.kernel), "block_m",
+                      plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads",
+                      plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls", (long long)num_calls,
+                      "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
 done:
     release(&call);
     return returned;

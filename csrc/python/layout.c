@@ -28,8 +28,14 @@ static int refuse_shapes(const char *rule, const fc_array *a, const fc_array *b,
 }
 
 /* Position from the end of the head and sequence dimensions. */
-static int head_at(bool heads_inside) { return heads_inside ? 2 : 3; }
-static int row_at(bool heads_inside) { return heads_inside ? 3 : 2; }
+static int head_at(bool heads_inside)
+{
+    return heads_inside ? 2 : 3;
+}
+static int row_at(bool heads_inside)
+{
+    return heads_inside ? 3 : 2;
+}
 
 /* Size of the dimension that stands `from_end` places before the end; 1 where the array has none. In a 2-D array
  * the rows come first whatever the layout. */
@@ -63,7 +69,8 @@ int fc_geometry_of(const fc_array *query, const fc_array *key, const fc_array *v
     int ndim = 0;
     for (int i = 0; i < 3; i++) {
         if (arrays[i]->ndim < 2)
-            return refuse_shapes("each needs 2 dimensions or more, (..., heads, sequence, head_dim)", query, key, value);
+            return refuse_shapes("each needs 2 dimensions or more, (..., heads, sequence, head_dim)", query, key,
+                                 value);
         if (arrays[i]->ndim > ndim) ndim = arrays[i]->ndim;
     }
     *g = (fc_geometry){.heads_inside = heads_inside, .num_batch_dims = ndim > 3 ? ndim - 3 : 0};
@@ -83,18 +90,19 @@ int fc_geometry_of(const fc_array *query, const fc_array *key, const fc_array *v
         return refuse_shapes("key and value must agree in the number of heads", query, key, value);
     if (g->num_heads_q == 1) g->num_heads_q = g->num_heads_kv;
     if (g->num_heads_q != 0 && (g->num_heads_kv == 0 || g->num_heads_q % g->num_heads_kv != 0))
-        return refuse_shapes(heads_inside
-                                 ? "the number of query heads must be a multiple of that of key and value (layout 'bshd': "
-                                   "dimension -2 is heads)"
-                                 : "the number of query heads must be a multiple of that of key and value (layout 'bhsd': "
-                                   "dimension -3 is heads)",
-                             query, key, value);
+        return refuse_shapes(
+            heads_inside ? "the number of query heads must be a multiple of that of key and value (layout 'bshd': "
+                           "dimension -2 is heads)"
+                         : "the number of query heads must be a multiple of that of key and value (layout 'bhsd': "
+                           "dimension -3 is heads)",
+            query, key, value);
 
     for (int i = 0; i < g->num_batch_dims; i++) {
         g->batch_shape[i] = 1;
         for (int j = 0; j < 3; j++)
             if (!broadcast(&g->batch_shape[i], size_at(arrays[j], ndim - i)))
-                return refuse_shapes("the batch dimensions, before the last three, must be equal or 1", query, key, value);
+                return refuse_shapes("the batch dimensions, before the last three, must be equal or 1", query, key,
+                                     value);
         g->out_shape[i] = g->lse_shape[i] = g->batch_shape[i];
     }
     g->out_ndim = ndim;
@@ -137,7 +145,8 @@ static bool strides_over(const fc_array *array, int ndim, const int64_t *full, i
     return true;
 }
 
-int fc_place(const fc_geometry *g, enum fc_operand operand, const fc_array *array, fc_tensor *tensor, fc_batches *batches)
+int fc_place(const fc_geometry *g, enum fc_operand operand, const fc_array *array, fc_tensor *tensor,
+             fc_batches *batches)
 {
     int64_t full[FC_MAX_NDIM + 3], strides[FC_MAX_NDIM + 3] = {0};
     int nb = g->num_batch_dims, ndim = nb;
@@ -192,7 +201,9 @@ int fc_place(const fc_geometry *g, enum fc_operand operand, const fc_array *arra
         fits = strides_over(array, ndim, full, strides);
         /* One number for all heads by accident is a likelier story than by intent. */
         if (operand != FC_LSE && (array->ndim == 0 || array->shape[array->ndim - 1] != g->num_heads_q)) fits = false;
-        if (!fits) return refuse_operand(array, "it must be one number per query head, (num_heads_q,) or with batches", ndim, full);
+        if (!fits)
+            return refuse_operand(array, "it must be one number per query head, (num_heads_q,) or with batches", ndim,
+                                  full);
         tensor->strides[1] = strides[nb];
         if (operand == FC_LSE) tensor->strides[2] = strides[nb + 1];
         break;
@@ -217,54 +228,65 @@ void fc_fold(fc_batches *b)
     b->ndim = folded;
 }
 
-/* The bytes an array can touch, [low, high); both 0 for an empty one. */
-static void extent_of(const fc_array *array, char **low, char **high)
+/* Bytes from an array's first element to its lowest and past its highest one. False for an array without elements, and
+ * for one that reaches beyond the address space, which the library refuses. */
+static bool reach_of(const fc_array *array, int64_t *low, int64_t *high)
 {
-    int64_t down = 0, up = 0, size = fc_dtype_size(array->dtype);
-    *low = *high = NULL;
+    int64_t size = fc_dtype_size(array->dtype);
+    *low = 0;
+    *high = size;
     for (int i = 0; i < array->ndim; i++) {
-        if (array->shape[i] == 0) return;
-        int64_t span = (array->shape[i] - 1) * array->strides[i];
-        *(span < 0 ? &down : &up) += span;
+        if (array->shape[i] == 0) return false;
+        int64_t span;
+        if (__builtin_mul_overflow(array->shape[i] - 1, array->strides[i], &span) ||
+            __builtin_mul_overflow(span, size, &span))
+            return false;
+        int64_t *end = span < 0 ? low : high;
+        if (__builtin_add_overflow(*end, span, end)) return false;
     }
-    *low = (char *)array->data + down * size;
-    *high = (char *)array->data + (up + 1) * size;
+    return true;
+}
+
+/* The columns of an array within rows of `row` bytes: where they begin, and how many bytes they take. */
+static void columns_of(const fc_array *array, uint64_t row, uint64_t *first, uint64_t *width)
+{
+    int64_t size = fc_dtype_size(array->dtype), low = 0, high = size;
+    for (int i = 0; i < array->ndim; i++) {
+        int64_t step = array->strides[i] * size;
+        if (array->shape[i] == 1 || (uint64_t)(step < 0 ? -step : step) % row == 0)
+            continue; /* steps over whole rows */
+        *(step < 0 ? &low : &high) += (array->shape[i] - 1) * step;
+    }
+    *first = ((uintptr_t)array->data + (uintptr_t)low) % row;
+    *width = (uint64_t)(high - low);
 }
 
 /*
- * Could the two share an element? Exact for arrays that lie apart, and for two slices of one buffer, side by side in every
- * row of it (both step by multiples of one row, and their columns do not meet). Any other pair whose ranges meet counts as overlap.
+ * Could the two share an element? Exact for arrays that lie apart, and for two slices of one buffer, side by side in
+ * every row of it (both step by multiples of one row, and their columns do not meet). Any other pair whose ranges meet
+ * counts as overlap.
  */
 bool fc_arrays_overlap(const fc_array *a, const fc_array *b)
 {
-    char *a_low, *a_high, *b_low, *b_high;
-    extent_of(a, &a_low, &a_high);
-    extent_of(b, &b_low, &b_high);
-    if (a_low == NULL || b_low == NULL || a_high <= b_low || b_high <= a_low) return false;
-
-    /* A candidate row is any stride of either; columns are what lies within it. */
     const fc_array *both[2] = {a, b};
+    int64_t low[2], high[2];
+    for (int i = 0; i < 2; i++)
+        if (!reach_of(both[i], &low[i], &high[i])) return false;
+    uintptr_t a_data = (uintptr_t)a->data, b_data = (uintptr_t)b->data;
+    if (a_data + (uintptr_t)high[0] <= b_data + (uintptr_t)low[1]) return false;
+    if (b_data + (uintptr_t)high[1] <= a_data + (uintptr_t)low[0]) return false;
+
+    /* A candidate for the row is any stride of either. */
     for (int which = 0; which < 2; which++)
-        for (int d = 0; d < both[which]->ndim; d++) {
-            int64_t row = both[which]->strides[d] * fc_dtype_size(both[which]->dtype);
-            if (row < 0) row = -row;
-            if (row == 0 || both[which]->shape[d] == 1) continue;
-            int64_t first[2], width[2];
-            bool regular = true;
-            for (int i = 0; i < 2; i++) {
-                int64_t size = fc_dtype_size(both[i]->dtype), down = 0, up = 0;
-                for (int e = 0; e < both[i]->ndim; e++) {
-                    int64_t span = (both[i]->shape[e] - 1) * both[i]->strides[e] * size;
-                    if (both[i]->shape[e] == 1 || both[i]->strides[e] * size % row == 0) continue;
-                    *(span < 0 ? &down : &up) += span;
-                }
-                first[i] = (int64_t)(((uintptr_t)both[i]->data + (uintptr_t)down) % (uintptr_t)row);
-                width[i] = up - down + size;
-                regular = regular && width[i] <= row;
-            }
-            if (!regular) continue;
+        for (int i = 0; i < both[which]->ndim; i++) {
+            int64_t step = both[which]->strides[i] * fc_dtype_size(both[which]->dtype);
+            uint64_t row = (uint64_t)(step < 0 ? -step : step), first[2], width[2];
+            if (row == 0 || both[which]->shape[i] == 1) continue;
+            columns_of(a, row, &first[0], &width[0]);
+            columns_of(b, row, &first[1], &width[1]);
+            if (width[0] > row || width[1] > row) continue;
             /* Two arcs on a circle of `row` bytes are apart when each starts after the other's end. */
-            int64_t gap = (first[1] - first[0] + row) % row;
+            uint64_t gap = (first[1] + row - first[0]) % row;
             if (gap >= width[0] && row - gap >= width[1]) return false;
         }
     return true;

@@ -7,57 +7,65 @@
 
 #include "binding.h"
 
-PyDoc_STRVAR(attention_doc,
-"attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, window=None, diagonal=0, softcap=None, alibi_slopes=None, sinks=None, layout='bhsd', return_lse=False, out=None, deterministic=False, stream=None, block_m=None, block_n=None)\n"
-"--\n"
-"\n"
-"Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.\n"
-"\n"
-"For query row i and key j of one head, with d = j - i - diagonal:\n"
-"\n"
-"    score = softcap(scale * q_i . k_j) + attn_mask_ij - alibi_slope * |d|\n"
-"    out_i = sum_j softmax_j(score) v_j\n"
-"\n"
-"over the keys that masks leave visible (Vaswani et al., 2017, eq. 1; softcap as in Gemma 2, slopes as in\n"
-"ALiBi, Press et al., 2022; sinks as in gpt-oss). Sums are float32, for float64 arrays float64.\n"
-"A row that sees no key gives 0, never NaN.\n"
-"\n"
-"Arrays are torch tensors, NumPy (ml_dtypes' bfloat16 too), CuPy or JAX arrays, or anything with __dlpack__ or\n"
-"__cuda_array_interface__, all on one device, of any strides. Leading dimensions are batch and broadcast.\n"
-"\n"
-"Args:\n"
-"    query: [..., num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, or float64 (CPU). head_dim 1 to 256.\n"
-"    key: [..., num_heads_kv, seqlen_k, head_dim], of query's dtype. num_heads_q is a multiple of num_heads_kv.\n"
-"    value: [..., num_heads_kv, seqlen_k, head_dim_v], of query's dtype.\n"
-"    attn_mask: broadcasts to [..., num_heads_q, seqlen_q, seqlen_k]; bool (True: attend), or query's dtype or\n"
-"        float32, added to the score. With is_causal both apply.\n"
-"    dropout_p: 0.0; other values are not implemented yet.\n"
-"    is_causal: hide keys with d > 0. 'lower_right' also sets diagonal.\n"
-"    scale: any finite number; None: 1 / sqrt(head_dim).\n"
-"    enable_gqa: accepted for PyTorch's sake; grouped heads always work.\n"
-"    window: (left, right): keep -left <= d <= right; None or -1 leaves a side open.\n"
-"    diagonal: 0 (upper left, PyTorch's), 'lower_right' (seqlen_k - seqlen_q, FlashAttention's) or any int.\n"
-"    softcap: positive: score becomes softcap * tanh(score / softcap). None or 0: off.\n"
-"    alibi_slopes: [num_heads_q] or [..., num_heads_q]; query's dtype or float32.\n"
-"    sinks: [num_heads_q] or [..., num_heads_q]; one more logit in each row's softmax, with no value.\n"
-"    layout: 'bhsd', or 'bshd' for arrays [..., seqlen, num_heads, head_dim].\n"
-"    return_lse: also return log(sum(exp(score))), natural, [..., num_heads_q, seqlen_q] in both layouts, float32\n"
-"        (float64 for float64); -inf for a row that sees no key.\n"
-"    out: an array of the result's shape and dtype to write to; returned as the same object.\n"
-"    deterministic: make a row's bits independent of the batch around it (the forward is always repeatable).\n"
-"    stream: for GPU arrays whose library has no current stream (JAX, Numba): a cudaStream_t as int or a stream object.\n"
-"    block_m, block_n: force a tile, rows and keys, that explain() names.\n"
-"\n"
-"Returns:\n"
-"    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse a pair.\n"
-"    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
-"\n"
-"Raises:\n"
-"    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not fit.\n"
-"    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
-"    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
+PyDoc_STRVAR(
+    attention_doc,
+    "attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, "
+    "window=None, diagonal=0, softcap=None, alibi_slopes=None, sinks=None, layout='bhsd', return_lse=False, out=None, "
+    "deterministic=False, stream=None, block_m=None, block_n=None)\n"
+    "--\n"
+    "\n"
+    "Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.\n"
+    "\n"
+    "For query row i and key j of one head, with d = j - i - diagonal:\n"
+    "\n"
+    "    score = softcap(scale * q_i . k_j) + attn_mask_ij - alibi_slope * |d|\n"
+    "    out_i = sum_j softmax_j(score) v_j\n"
+    "\n"
+    "over the keys that masks leave visible (Vaswani et al., 2017, eq. 1; softcap as in Gemma 2, slopes as in\n"
+    "ALiBi, Press et al., 2022; sinks as in gpt-oss). Sums are float32, for float64 arrays float64.\n"
+    "A row that sees no key gives 0, never NaN.\n"
+    "\n"
+    "Arrays are torch tensors, NumPy (ml_dtypes' bfloat16 too), CuPy or JAX arrays, or anything with __dlpack__ or\n"
+    "__cuda_array_interface__, all on one device, of any strides. Leading dimensions are batch and broadcast.\n"
+    "\n"
+    "Args:\n"
+    "    query: [..., num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, or float64 (CPU). head_dim 1 to "
+    "256.\n"
+    "    key: [..., num_heads_kv, seqlen_k, head_dim], of query's dtype. num_heads_q is a multiple of num_heads_kv.\n"
+    "    value: [..., num_heads_kv, seqlen_k, head_dim_v], of query's dtype.\n"
+    "    attn_mask: broadcasts to [..., num_heads_q, seqlen_q, seqlen_k]; bool (True: attend), or query's dtype or\n"
+    "        float32, added to the score. With is_causal both apply.\n"
+    "    dropout_p: 0.0; other values are not implemented yet.\n"
+    "    is_causal: hide keys with d > 0. 'lower_right' also sets diagonal.\n"
+    "    scale: any finite number; None: 1 / sqrt(head_dim).\n"
+    "    enable_gqa: accepted for PyTorch's sake; grouped heads always work.\n"
+    "    window: (left, right): keep -left <= d <= right; None or -1 leaves a side open.\n"
+    "    diagonal: 0 (upper left, PyTorch's), 'lower_right' (seqlen_k - seqlen_q, FlashAttention's) or any int.\n"
+    "    softcap: positive: score becomes softcap * tanh(score / softcap). None or 0: off.\n"
+    "    alibi_slopes: [num_heads_q] or [..., num_heads_q]; query's dtype or float32.\n"
+    "    sinks: [num_heads_q] or [..., num_heads_q]; one more logit in each row's softmax, with no value.\n"
+    "    layout: 'bhsd', or 'bshd' for arrays [..., seqlen, num_heads, head_dim].\n"
+    "    return_lse: also return log(sum(exp(score))), natural, [..., num_heads_q, seqlen_q] in both layouts, float32\n"
+    "        (float64 for float64); -inf for a row that sees no key.\n"
+    "    out: an array of the result's shape and dtype to write to; returned as the same object.\n"
+    "    deterministic: make a row's bits independent of the batch around it (the forward is always repeatable).\n"
+    "    stream: for GPU arrays whose library has no current stream (JAX, Numba): a cudaStream_t as int or a stream "
+    "object.\n"
+    "    block_m, block_n: force a tile, rows and keys, that explain() names.\n"
+    "\n"
+    "Returns:\n"
+    "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
+    "a pair.\n"
+    "    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
+    "\n"
+    "Raises:\n"
+    "    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not "
+    "fit.\n"
+    "    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
+    "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
-PyDoc_STRVAR(plan_doc, "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
+PyDoc_STRVAR(plan_doc,
+             "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
 
 /* Names of the kernels of this build, in the planner's order. */
 static PyObject *kernels(PyObject *module, PyObject *unused)
@@ -90,10 +98,10 @@ static PyObject *device(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, fc_last_error());
         return NULL;
     }
-    return Py_BuildValue("{s:s,s:i,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:L}", "type", type, "id", facts.id, "name", facts.name, "compute_capability",
-                         facts.compute_capability, "num_sms", facts.num_sms, "smem_bytes_per_block", facts.smem_bytes_per_block,
-                         "driver_version", facts.driver_version, "isa", facts.isa, "num_threads", facts.num_threads, "l2_bytes",
-                         (long long)facts.l2_bytes);
+    return Py_BuildValue("{s:s,s:i,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:L}", "type", type, "id", facts.id, "name", facts.name,
+                         "compute_capability", facts.compute_capability, "num_sms", facts.num_sms,
+                         "smem_bytes_per_block", facts.smem_bytes_per_block, "driver_version", facts.driver_version,
+                         "isa", facts.isa, "num_threads", facts.num_threads, "l2_bytes", (long long)facts.l2_bytes);
 }
 
 /* cuda_devices() -> (count, why there are none). */
@@ -108,7 +116,7 @@ static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))fc_py_attention, METH_FASTCALL | METH_KEYWORDS, attention_doc},
     {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
-    {"device", device, METH_VARARGS, "device(type, id=0)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
+    {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},
     {NULL, NULL, 0, NULL},
 };
@@ -183,4 +191,7 @@ static struct PyModuleDef definition = {
     .m_free = free_state,
 };
 
-PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC PyInit__C(void)
+{
+    return PyModuleDef_Init(&definition);
+}

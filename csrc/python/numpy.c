@@ -1,14 +1,14 @@
 /*
  * numpy.c - arrays in and out through NumPy's C API, in its limited-API mode.
  *
- * NumPy is never imported by us: an ndarray can only arrive once its owner has loaded NumPy, and the API's function table is
- * fetched then. ml_dtypes' bfloat16 is a user-defined dtype whose number NumPy hands out at run time, so it
- * is known by name once and by number after.
+ * NumPy is never imported by us: an ndarray can only arrive once its owner has loaded NumPy, and the API's function
+ * table is fetched then. ml_dtypes' bfloat16 is a user-defined dtype whose number NumPy hands out at run time, so it is
+ * known by name once and by number after.
  */
 #include "binding.h"
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
-#define NPY_TARGET_VERSION NPY_1_23_API_VERSION /* runs with NumPy 1.23 and later */
+#define NPY_TARGET_VERSION    NPY_1_23_API_VERSION /* runs with NumPy 1.23 and later */
 #include <numpy/arrayobject.h>
 
 /* Loads the function table when NumPy is there; *loaded stays false when it is not. */
@@ -49,7 +49,8 @@ static int is_bfloat16(fc_state *state, PyArray_Descr *descr)
     PyObject *name = scalar == NULL ? NULL : PyObject_GetAttrString(scalar, "__name__");
     Py_XDECREF(scalar);
     if (name == NULL) return -1;
-    bool found = PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0 && PyDataType_ELSIZE(descr) == 2;
+    bool found = PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0 &&
+                 PyDataType_ELSIZE(descr) == 2;
     Py_DECREF(name);
     if (found) state->numpy.bfloat16 = number;
     return found;
@@ -58,10 +59,18 @@ static int is_bfloat16(fc_state *state, PyArray_Descr *descr)
 static int read_dtype(fc_state *state, PyArray_Descr *descr, fc_array *array)
 {
     switch (descr->type_num) {
-    case NPY_HALF: array->dtype = FC_FLOAT16; return 0;
-    case NPY_FLOAT: array->dtype = FC_FLOAT32; return 0;
-    case NPY_DOUBLE: array->dtype = FC_FLOAT64; return 0;
-    case NPY_BOOL: array->dtype = FC_BOOL; return 0;
+    case NPY_HALF:
+        array->dtype = FC_FLOAT16;
+        return 0;
+    case NPY_FLOAT:
+        array->dtype = FC_FLOAT32;
+        return 0;
+    case NPY_DOUBLE:
+        array->dtype = FC_FLOAT64;
+        return 0;
+    case NPY_BOOL:
+        array->dtype = FC_BOOL;
+        return 0;
     }
     int found = is_bfloat16(state, descr);
     if (found < 0) return -1;
@@ -70,7 +79,8 @@ static int read_dtype(fc_state *state, PyArray_Descr *descr, fc_array *array)
         return 0;
     }
     PyErr_Format(PyExc_ValueError,
-                 "%s has dtype %S; allowed: float16, float32, float64, ml_dtypes.bfloat16 (and bool for masks)", array->name, descr);
+                 "%s has dtype %S; allowed: float16, float32, float64, ml_dtypes.bfloat16 (and bool for masks)",
+                 array->name, descr);
     return -1;
 }
 
@@ -79,13 +89,14 @@ int fc_numpy_import(fc_state *state, PyObject *object, fc_array *array)
     PyArrayObject *numpy = (PyArrayObject *)object;
     if (read_dtype(state, PyArray_DESCR(numpy), array) != 0) return -1;
     if (!PyArray_ISNOTSWAPPED(numpy)) {
-        PyErr_Format(PyExc_ValueError, "%s is byte-swapped (dtype %S); pass x.astype(x.dtype.newbyteorder('='))", array->name,
-                     PyArray_DESCR(numpy));
+        PyErr_Format(PyExc_ValueError, "%s is byte-swapped (dtype %S); pass x.astype(x.dtype.newbyteorder('='))",
+                     array->name, PyArray_DESCR(numpy));
         return -1;
     }
     array->ndim = PyArray_NDIM(numpy);
     if (array->ndim > FC_MAX_NDIM) {
-        PyErr_Format(PyExc_ValueError, "%s has %d dimensions; allowed: up to %d", array->name, array->ndim, FC_MAX_NDIM);
+        PyErr_Format(PyExc_ValueError, "%s has %d dimensions; allowed: up to %d", array->name, array->ndim,
+                     FC_MAX_NDIM);
         return -1;
     }
     int64_t bytes = fc_dtype_size(array->dtype);
@@ -94,8 +105,9 @@ int fc_numpy_import(fc_state *state, PyObject *object, fc_array *array)
         array->strides[i] = PyArray_STRIDE(numpy, i) / bytes;
         bool whole = PyArray_STRIDE(numpy, i) % bytes == 0;
         if ((!whole && array->shape[i] > 1) || !PyArray_ISALIGNED(numpy)) {
-            PyErr_Format(PyExc_ValueError, "%s is not aligned to its %lld-byte elements; pass numpy.ascontiguousarray(x)",
-                         array->name, (long long)bytes);
+            PyErr_Format(PyExc_ValueError,
+                         "%s is not aligned to its %lld-byte elements; pass numpy.ascontiguousarray(x)", array->name,
+                         (long long)bytes);
             return -1;
         }
     }
@@ -106,7 +118,8 @@ int fc_numpy_import(fc_state *state, PyObject *object, fc_array *array)
 }
 
 /* A new C-order array; a dtype that is the query's takes its descriptor, so that bfloat16 needs no lookup. */
-PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int ndim, const int64_t *shape, fc_array *array)
+PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int ndim, const int64_t *shape,
+                       fc_array *array)
 {
     PyArray_Descr *descr;
     if (dtype == like->dtype) {

@@ -12,7 +12,8 @@ static void allocator_error(void *context, const char *kind, const char *message
 {
     (void)context;
     PyObject *exception = kind != NULL && strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError;
-    PyErr_Format(exception, "the array library could not make the result: %s", message != NULL ? message : "no reason given");
+    PyErr_Format(exception, "the array library could not make the result: %s",
+                 message != NULL ? message : "no reason given");
 }
 
 static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, fc_array *array)
@@ -42,8 +43,8 @@ static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim,
 }
 
 /* Everybody else: flashcore._interop.empty(query, shape, dtype, device_id, stream) -> (destination, finish or None). */
-static int new_by_interop(fc_state *state, const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, void *stream,
-                          fc_array *array, PyObject **object, PyObject **finish)
+static int new_by_interop(fc_state *state, const fc_array *query, int32_t dtype, int ndim, const int64_t *shape,
+                          void *stream, fc_array *array, PyObject **object, PyObject **finish)
 {
     int error = -1;
     PyObject *pair = NULL, *sizes = PyTuple_New(ndim), *function = fc_interop(state, "empty");
@@ -75,15 +76,20 @@ done:
     return error;
 }
 
-int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim, const int64_t *shape,
-                  void *stream, fc_array *array, PyObject **object, PyObject **finish)
+int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
+                  const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish)
 {
     *array = (fc_array){.name = name, .kind = query->kind};
     *object = *finish = NULL;
     switch (query->kind.protocol) {
-    case FC_BY_EXCHANGE: *object = new_by_exchange(query, dtype, ndim, shape, array); break;
-    case FC_BY_NUMPY: *object = fc_numpy_new(state, query, dtype, ndim, shape, array); break;
-    default: return new_by_interop(state, query, dtype, ndim, shape, stream, array, object, finish);
+    case FC_BY_EXCHANGE:
+        *object = new_by_exchange(query, dtype, ndim, shape, array);
+        break;
+    case FC_BY_NUMPY:
+        *object = fc_numpy_new(state, query, dtype, ndim, shape, array);
+        break;
+    default:
+        return new_by_interop(state, query, dtype, ndim, shape, stream, array, object, finish);
     }
     array->object = *object;
     return *object == NULL ? -1 : 0;

@@ -26,9 +26,15 @@ enum { NUM_DTYPES = sizeof dtypes / sizeof dtypes[0] };
 
 #define ALLOWED_DTYPES "float16, bfloat16, float32, float64 (and bool for masks)"
 
-const char *fc_dtype_word(int32_t dtype) { return dtypes[dtype].word; }
+const char *fc_dtype_word(int32_t dtype)
+{
+    return dtypes[dtype].word;
+}
 
-int32_t fc_dtype_size(int32_t dtype) { return dtypes[dtype].bytes; }
+int32_t fc_dtype_size(int32_t dtype)
+{
+    return dtypes[dtype].bytes;
+}
 
 int fc_dtype_to_dl(int32_t dtype, dl_dtype *out)
 {
@@ -47,7 +53,8 @@ PyObject *fc_interop(fc_state *state, const char *function)
 
 /* ---- which protocol ---- */
 
-/* The C exchange API of a type, if it has a usable one. Early versions spelled it differently; only the final name is read. */
+/* The C exchange API of a type, if it has a usable one. Early versions spelled it differently; only the final name is
+ * read. */
 static int find_exchange_api(PyTypeObject *type, dl_exchange_api **api)
 {
     *api = NULL;
@@ -74,7 +81,9 @@ static int is_torch_tensor(fc_state *state, PyObject *object, bool *is_torch)
 {
     *is_torch = false;
     if (state->torch.tensor_type == NULL) {
-        PyObject *torch = PyImport_GetModule(PyUnicode_InternFromString("torch"));
+        PyObject *name = PyUnicode_FromString("torch");
+        PyObject *torch = name == NULL ? NULL : PyImport_GetModule(name);
+        Py_XDECREF(name);
         if (torch == NULL) return PyErr_Occurred() ? -1 : 0;
         bool ready = PyObject_HasAttrString(torch, "Tensor") && PyObject_HasAttrString(torch, "nn");
         int error = ready ? fc_torch_load(state, torch) : 0;
@@ -107,7 +116,8 @@ int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind)
 
     *kind = (fc_kind){.type = type};
     if (is_torch_tensor(state, object, &kind->is_torch) != 0) return -1;
-    if (kind->is_torch && (PyObject *)type != state->torch.tensor_type && (PyObject *)type != state->torch.parameter_type) {
+    if (kind->is_torch && (PyObject *)type != state->torch.tensor_type &&
+        (PyObject *)type != state->torch.parameter_type) {
         PyObject *name = PyType_GetQualName(type);
         PyErr_Format(PyExc_NotImplementedError,
                      "a torch.Tensor subclass, %U, may redefine what its data means; pass a plain tensor, such as "
@@ -161,9 +171,9 @@ static int describe_dtype(fc_array *array, dl_dtype dtype)
             return 0;
         }
     static const char *const words[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: " ALLOWED_DTYPES, array->name,
-                 dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits, dtype.lanes == 1 ? "" : " vector",
-                 dtype.code, dtype.lanes);
+    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: " ALLOWED_DTYPES,
+                 array->name, dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
+                 dtype.lanes == 1 ? "" : " vector", dtype.code, dtype.lanes);
     return -1;
 }
 
@@ -182,7 +192,8 @@ static int describe_device(fc_array *array, int32_t type, int32_t id)
         if (id >= 0) return 0;
         break;
     }
-    PyErr_Format(PyExc_ValueError, "%s is on a device of DLPack type %d, id %d; allowed: CPU and CUDA arrays", array->name, type, id);
+    PyErr_Format(PyExc_ValueError, "%s is on a device of DLPack type %d, id %d; allowed: CPU and CUDA arrays",
+                 array->name, type, id);
     return -1;
 }
 
@@ -203,7 +214,8 @@ static int fill_compact_strides(fc_array *array)
 static int check_ndim(const fc_array *array, int64_t ndim)
 {
     if (ndim >= 0 && ndim <= FC_MAX_NDIM) return 0;
-    PyErr_Format(PyExc_ValueError, "%s has %lld dimensions; allowed: up to %d", array->name, (long long)ndim, FC_MAX_NDIM);
+    PyErr_Format(PyExc_ValueError, "%s has %lld dimensions; allowed: up to %d", array->name, (long long)ndim,
+                 FC_MAX_NDIM);
     return -1;
 }
 
@@ -310,8 +322,8 @@ static int take_capsule(fc_array *array, PyObject *capsule)
         PyCapsule_SetDestructor(capsule, NULL);
         array->managed_versioned = managed;
         if (managed->version.major != DL_MAJOR) {
-            PyErr_Format(PyExc_BufferError, "%s: its __dlpack__ gave DLPack version %u.%u; understood: %d.x", array->name,
-                         managed->version.major, managed->version.minor, DL_MAJOR);
+            PyErr_Format(PyExc_BufferError, "%s: its __dlpack__ gave DLPack version %u.%u; understood: %d.x",
+                         array->name, managed->version.major, managed->version.minor, DL_MAJOR);
             return -1;
         }
         array->read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
@@ -331,12 +343,25 @@ static int take_capsule(fc_array *array, PyObject *capsule)
 static int import_dlpack(fc_array *array, void *stream, bool has_stream)
 {
     PyObject *device = PyObject_CallMethod(array->object, "__dlpack_device__", NULL);
-    if (device == NULL) return -1;
+    if (device == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+        PyErr_Clear();
+        PyObject *name = PyType_GetQualName(Py_TYPE(array->object));
+        PyErr_Format(
+            PyExc_TypeError,
+            "%s is a %U, which names no device by __dlpack_device__; allowed: arrays that hold data (inside jax.jit or "
+            "jax.vmap there is none: call outside)",
+            array->name, name);
+        Py_XDECREF(name);
+        return -1;
+    }
     int type, id;
     int parsed = PyTuple_Check(device) && PyArg_ParseTuple(device, "ii", &type, &id);
     Py_DECREF(device);
     if (!parsed) {
-        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError)) return -1;
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError) &&
+            !PyErr_ExceptionMatches(PyExc_OverflowError))
+            return -1;
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError, "%s: its __dlpack_device__ returned no (type, id) pair of ints", array->name);
         return -1;
@@ -419,7 +444,9 @@ static int cai_stream(fc_array *array, PyObject *stream)
     if (stream == NULL || stream == Py_None) return 0; /* the producer asks for no ordering */
     if (!PyLong_Check(stream)) return cai_refuse(array, "has a 'stream' that is neither None nor an int");
     void *handle = PyLong_AsVoidPtr(stream);
-    if (handle == NULL) return cai_refuse(array, "has stream 0, which the interface forbids as ambiguous; 1 is the legacy default stream");
+    if (handle == NULL)
+        return cai_refuse(array,
+                          "has stream 0, which the interface forbids as ambiguous; 1 is the legacy default stream");
     array->stream = handle;
     array->has_stream = true;
     return 0;
@@ -430,7 +457,8 @@ static int cai_read(fc_array *array, PyObject *dict)
     PyObject *shape = PyDict_GetItemString(dict, "shape");
     PyObject *strides = PyDict_GetItemString(dict, "strides");
     PyObject *mask = PyDict_GetItemString(dict, "mask");
-    if (mask != NULL && mask != Py_None) return cai_refuse(array, "has a mask; masked arrays are not understood, pass attn_mask");
+    if (mask != NULL && mask != Py_None)
+        return cai_refuse(array, "has a mask; masked arrays are not understood, pass attn_mask");
     if (cai_dtype(array, PyDict_GetItemString(dict, "typestr")) != 0) return -1;
     if (cai_data(array, PyDict_GetItemString(dict, "data")) != 0) return -1;
     if (cai_stream(array, PyDict_GetItemString(dict, "stream")) != 0) return -1;
@@ -445,7 +473,8 @@ static int cai_read(fc_array *array, PyObject *dict)
     if (count != array->ndim) return cai_refuse(array, "has a different number of 'strides' than of sizes in 'shape'");
     int64_t bytes = fc_dtype_size(array->dtype);
     for (int i = 0; i < array->ndim; i++) {
-        if (array->strides[i] % bytes != 0) return cai_refuse(array, "has 'strides' that are no multiple of its element size");
+        if (array->strides[i] % bytes != 0)
+            return cai_refuse(array, "has 'strides' that are no multiple of its element size");
         array->strides[i] /= bytes;
     }
     return 0;
@@ -463,10 +492,30 @@ static int import_cai(fc_array *array)
     return 0;
 }
 
+/* CuPy 14 loses the sign of negative strides on their way to DLPack, and gets it right in the CUDA array interface. A
+ * stride beyond any address space tells. */
+static bool has_impossible_stride(const fc_array *array)
+{
+    for (int i = 0; i < array->ndim; i++)
+        if (array->shape[i] > 1 && (array->strides[i] > INT64_MAX / 16 || array->strides[i] < INT64_MIN / 16))
+            return true;
+    return false;
+}
+
+static int import_dlpack_or_cai(fc_array *array, void *stream, bool has_stream)
+{
+    if (import_dlpack(array, stream, has_stream) != 0) return -1;
+    if (array->device_type != FC_CUDA || !has_impossible_stride(array)) return 0;
+    if (!PyObject_HasAttrString(array->object, "__cuda_array_interface__"))
+        return 0; /* the library refuses the stride */
+    fc_array_release(array);
+    return import_cai(array);
+}
+
 /* ---- the importer ---- */
 
-int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream, bool has_stream,
-                    fc_array *array)
+int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                    bool has_stream, fc_array *array)
 {
     memset(array, 0, sizeof *array);
     array->object = object;
@@ -474,16 +523,25 @@ int fc_array_import(fc_state *state, const char *name, PyObject *object, const f
     array->kind = *kind;
     int error = -1;
     switch (kind->protocol) {
-    case FC_BY_EXCHANGE: error = import_exchange(array); break;
-    case FC_BY_NUMPY: error = fc_numpy_import(state, object, array); break;
-    case FC_BY_DLPACK: error = import_dlpack(array, stream, has_stream); break;
-    case FC_BY_CAI: error = import_cai(array); break;
+    case FC_BY_EXCHANGE:
+        error = import_exchange(array);
+        break;
+    case FC_BY_NUMPY:
+        error = fc_numpy_import(state, object, array);
+        break;
+    case FC_BY_DLPACK:
+        error = import_dlpack_or_cai(array, stream, has_stream);
+        break;
+    case FC_BY_CAI:
+        error = import_cai(array);
+        break;
     case FC_BY_NOTHING: {
         PyObject *type = PyType_GetQualName(Py_TYPE(object));
-        PyErr_Format(PyExc_TypeError,
-                     "%s is a %U, which is no array; allowed: torch, NumPy, CuPy and JAX arrays, and others with __dlpack__ or "
-                     "__cuda_array_interface__",
-                     name, type);
+        PyErr_Format(
+            PyExc_TypeError,
+            "%s is a %U, which is no array; allowed: torch, NumPy, CuPy and JAX arrays, and others with __dlpack__ or "
+            "__cuda_array_interface__",
+            name, type);
         Py_XDECREF(type);
         break;
     }

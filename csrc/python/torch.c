@@ -35,12 +35,14 @@ int fc_torch_load(fc_state *state, PyObject *torch)
         {&state->torch.dispatch_modes, "_C", "_len_torch_dispatch_stack", NULL, false},
         {&state->torch.functorch_level, "_C", "_functorch", "maybe_current_level", true},
         {&state->torch.tracing_state, "_C", "_get_tracing_state", NULL, false},
+        {&state->torch.forward_ad, "autograd", "forward_ad", NULL, true},
         {&state->torch.get_num_threads, "get_num_threads", NULL, NULL, false},
         {&state->torch.tensor_type, "Tensor", NULL, NULL, false}, /* last: it says that all is loaded */
     };
     state->torch.name_requires_grad = PyUnicode_InternFromString("requires_grad");
     state->torch.name_is_neg = PyUnicode_InternFromString("is_neg");
     state->torch.name_layout = PyUnicode_InternFromString("layout");
+    state->torch.name_current_level = PyUnicode_InternFromString("_current_level");
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
         if (*wanted[i].into != NULL) continue;
         PyObject *found = attribute_path(torch, wanted[i].a, wanted[i].b, wanted[i].c);
@@ -63,13 +65,38 @@ static int is_true(PyObject *function)
     return truth;
 }
 
+/* Inside torch.autograd.forward_ad.dual_level() a tensor may carry a tangent; outside (level -1) none can. */
+static int has_tangent(fc_state *state, PyObject *tensor)
+{
+    if (state->torch.forward_ad == NULL) return 0;
+    PyObject *level = PyObject_GetAttr(state->torch.forward_ad, state->torch.name_current_level);
+    if (level == NULL) { /* a private name; without it there is nothing to ask */
+        PyErr_Clear();
+        return 0;
+    }
+    long number = PyLong_AsLong(level);
+    Py_DECREF(level);
+    if (number < 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    PyObject *function = fc_interop(state, "torch_has_tangent");
+    PyObject *answer = function == NULL ? NULL : PyObject_CallFunctionObjArgs(function, tensor, NULL);
+    Py_XDECREF(function);
+    if (answer == NULL) return -1;
+    int truth = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    return truth;
+}
+
 int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
 {
     PyObject *layout = PyObject_GetAttr(tensor, state->torch.name_layout);
     if (layout == NULL) return -1;
     bool strided = layout == state->torch.strided;
     if (!strided)
-        PyErr_Format(PyExc_NotImplementedError, "%s has layout %R; allowed: torch.strided. Call .to_dense() first", name, layout);
+        PyErr_Format(PyExc_NotImplementedError, "%s has layout %R; allowed: torch.strided. Call .to_dense() first",
+                     name, layout);
     Py_DECREF(layout);
     if (!strided) return -1;
 
@@ -81,12 +108,22 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
         int enabled = is_true(state->torch.is_grad_enabled);
         if (enabled < 0) return -1;
         if (enabled) {
-            PyErr_Format(PyExc_NotImplementedError,
-                         "%s requires a gradient, and flashcore %s computes none yet; call under torch.no_grad(), or pass "
-                         "%s.detach() to cut it off",
-                         name, fc_version(), name);
+            PyErr_Format(
+                PyExc_NotImplementedError,
+                "%s requires a gradient, and flashcore %s computes none yet; call under torch.no_grad(), or pass "
+                "%s.detach() to cut it off",
+                name, fc_version(), name);
             return -1;
         }
+    }
+
+    int tangent = has_tangent(state, tensor);
+    if (tangent < 0) return -1;
+    if (tangent) {
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s carries a forward-mode tangent, which flashcore %s does not propagate yet; pass %s.detach()",
+                     name, fc_version(), name);
+        return -1;
     }
 
     PyObject *is_neg = PyObject_CallMethodObjArgs(tensor, state->torch.name_is_neg, NULL);
@@ -95,7 +132,8 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
     Py_DECREF(is_neg);
     if (negative) {
         PyErr_Format(PyExc_NotImplementedError,
-                     "%s is a lazily negated view (the imaginary part of a conjugate, say); pass %s.resolve_neg()", name, name);
+                     "%s is a lazily negated view (the imaginary part of a conjugate, say); pass %s.resolve_neg()",
+                     name, name);
         return -1;
     }
     return 0;
@@ -117,7 +155,8 @@ int fc_torch_check_modes(fc_state *state)
     if (active < 0) return -1;
     if (active) {
         PyErr_Format(PyExc_NotImplementedError,
-                     "torch.autocast is active, and flashcore %s does not cast for it yet; cast query, key and value to one dtype and "
+                     "torch.autocast is active, and flashcore %s does not cast for it yet; cast query, key and value "
+                     "to one dtype and "
                      "call under torch.autocast(device_type, enabled=False)",
                      fc_version());
         return -1;
@@ -130,22 +169,23 @@ int fc_torch_check_modes(fc_state *state)
     if (active == 0) active = is_true(state->torch.dispatch_modes);
     if (active < 0) return -1;
     if (active) {
-        PyErr_SetString(PyExc_NotImplementedError,
-                        "a torch function or dispatch mode is active (FakeTensorMode, a profiler of operators, say) and would not see "
-                        "this call; leave the mode around it");
+        PyErr_SetString(PyExc_NotImplementedError, "a torch function or dispatch mode is active (FakeTensorMode, a "
+                                                   "profiler of operators, say) and would not see "
+                                                   "this call; leave the mode around it");
         return -1;
     }
     active = state->torch.functorch_level == NULL ? 0 : is_true(state->torch.functorch_level);
     if (active < 0) return -1;
     if (active) {
-        PyErr_SetString(PyExc_NotImplementedError,
-                        "a torch.func transform (vmap, grad) is active; attention takes any leading batch dimensions, so call it outside");
+        PyErr_SetString(PyExc_NotImplementedError, "a torch.func transform (vmap, grad) is active; attention takes any "
+                                                   "leading batch dimensions, so call it outside");
         return -1;
     }
     active = is_true(state->torch.tracing_state);
     if (active < 0) return -1;
     if (active) {
-        PyErr_SetString(PyExc_NotImplementedError, "torch.jit.trace is active and would record this call's result as a constant");
+        PyErr_SetString(PyExc_NotImplementedError,
+                        "torch.jit.trace is active and would record this call's result as a constant");
         return -1;
     }
     return 0;

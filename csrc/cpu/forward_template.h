@@ -1,0 +1,470 @@
+/*
+ * forward_template.h - exact attention on the CPU, tile by tile, for one element type and vector width.
+ *
+ * The trick: vector lanes are query rows. A task owns FC_CPU_BLOCK_M rows of one key/value head and keeps Q, the scores
+ * and the output transposed, rows last:
+ *
+ *   S^T[key][row]    = sum_d   K[key][d] * Q^T[d][row]            a scalar of K times a vector of rows
+ *   P^T[key][row]    = exp(S^T - m[row])                          maximum and sum run over keys, lane by lane
+ *   O^T[dv][row]    += sum_key V[key][dv] * P^T[key][row]         the same product, with other strides
+ *
+ * So K and V are read where they lie, one scalar at a time, and no step ever sums across a vector. Keys come in blocks
+ * of FC_CPU_BLOCK_N with the online softmax of FlashAttention: when a row's maximum grows, what was summed under the
+ * old one shrinks by exp(old - new).
+ *
+ * Rows of a tile are (query head of the group, position) pairs, head fastest, so that all query heads of one
+ * key/value head share its blocks and a band still cuts a tile by position. A granule is GRANULE rows: the step in
+ * which the edge of a band skips work.
+ *
+ * A tile of very few rows (decoding) would waste most lanes. There, lanes run along d instead, for the same scores and
+ * the same output.
+ *
+ * Included once per element type, with the parameters of simd.h and matrix.h. It defines the function forward_float or
+ * forward_double.
+ */
+#include "cpu.h"
+#include "matrix.h"
+
+#ifndef FC_CPU_FORWARD_TEMPLATE_H
+#define FC_CPU_FORWARD_TEMPLATE_H
+
+#include <stdatomic.h>
+
+#define tile          FC_CPU_NAME(tile)
+#define place_tile    FC_CPU_NAME(place_tile)
+#define start_rows    FC_CPU_NAME(start_rows)
+#define load_query    FC_CPU_NAME(load_query)
+#define load_block    FC_CPU_NAME(load_block)
+#define find_runs     FC_CPU_NAME(find_runs)
+#define load_mask     FC_CPU_NAME(load_mask)
+#define num_vectors   FC_CPU_NAME(num_vectors)
+#define adjust_score  FC_CPU_NAME(adjust_score)
+#define hide_score    FC_CPU_NAME(hide_score)
+#define softmax       FC_CPU_NAME(softmax)
+#define rescale       FC_CPU_NAME(rescale)
+#define score_run     FC_CPU_NAME(score_run)
+#define weigh_run     FC_CPU_NAME(weigh_run)
+#define finish_scores FC_CPU_NAME(finish_scores)
+#define attend_block  FC_CPU_NAME(attend_block)
+#define store_output  FC_CPU_NAME(store_output)
+#define find_room     FC_CPU_NAME(find_room)
+#define forward_task  FC_CPU_NAME(forward_task)
+#define forward       FC_CPU_NAME(forward)
+
+#define BLOCK_M FC_CPU_BLOCK_M
+#define BLOCK_N FC_CPU_BLOCK_N
+enum { GRANULE = 16, GRANULES = BLOCK_M / GRANULE };
+
+/* What all tasks of a call share. */
+struct forward_job {
+    const fc_forward_args *args;
+    int64_t group;          /* query heads per key/value head */
+    int64_t tiles_per_head; /* of one key/value head */
+    atomic_bool out_of_memory;
+};
+
+/* Keys of a block that the same granules see: keys begin .. end - 1, rows from `row` in `vectors` vectors. */
+struct run {
+    int64_t begin, end, row, vectors;
+};
+
+static inline int64_t round_up(int64_t n, int64_t multiple)
+{
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+static inline int64_t clamp(int64_t n, int64_t least, int64_t most)
+{
+    return n < least ? least : n > most ? most : n;
+}
+
+static inline int64_t element_bytes(int32_t dtype)
+{
+    return dtype == FC_BOOL ? 1 : dtype == FC_FLOAT64 ? 8 : dtype == FC_FLOAT32 ? 4 : 2;
+}
+
+static inline char *element(const fc_tensor *tensor, int64_t batch, int64_t head, int64_t row)
+{
+    int64_t index = batch * tensor->strides[0] + head * tensor->strides[1] + row * tensor->strides[2];
+    return (char *)tensor->data + index * element_bytes(tensor->dtype);
+}
+
+#endif /* FC_CPU_FORWARD_TEMPLATE_H */
+
+/* A task's state. Buffers are in this thread's scratch; [..][row] means BLOCK_M rows apart. */
+typedef struct tile {
+    const fc_forward_args *args;
+    int64_t batch, head_kv;
+    int64_t rows;                /* real rows; the lanes behind them repeat the last row's place and mean nothing */
+    int64_t head[BLOCK_M];       /* query head of each row */
+    int64_t position[BLOCK_M];   /* query index of each row */
+    int granules;                /* that hold a real row */
+    int64_t key_begin[GRANULES]; /* keys that some row of the granule sees */
+    int64_t key_end[GRANULES];
+    int64_t all_begin[GRANULES]; /* keys that every row of it sees */
+    int64_t all_end[GRANULES];
+    bool few_rows;                   /* lanes run along d */
+    bool mask_is_uniform;            /* one row of the mask serves the whole tile */
+    real offset[BLOCK_M];            /* position - position[0] */
+    real slope[BLOCK_M];             /* ALiBi */
+    real max[BLOCK_M], sum[BLOCK_M]; /* of the softmax so far */
+    real *query;                     /* [head_dim][row], times the scale; [row][head_dim] if few_rows */
+    real *score;                     /* [BLOCK_N][row] */
+    real *out;                       /* [head_dim_v][row] */
+    real *key, *value;               /* [BLOCK_N][width, whole vectors], where they cannot be read in place */
+    real *mask;                      /* [BLOCK_N][row], or [BLOCK_N] if uniform */
+    const real *block_mask;          /* the part of it where the block begins */
+    real *staging;                   /* LANES rows on their way to or from being transposed */
+    int64_t staging_stride;
+} tile;
+
+static int64_t num_vectors(const tile *t)
+{
+    return (t->rows + LANES - 1) / LANES;
+}
+
+/* Which rows these are, and which keys they see: key j where band_left <= j - position <= band_right. */
+static void place_tile(tile *t, const struct forward_job *job, int64_t index)
+{
+    const fc_forward_args *args = job->args;
+    /* The last tile of a head first: under a causal mask it has the most to do. */
+    int64_t first_row = (job->tiles_per_head - 1 - index % job->tiles_per_head) * BLOCK_M;
+    int64_t head_index = index / job->tiles_per_head, position = first_row / job->group, head = first_row % job->group;
+    t->args = args;
+    t->batch = head_index / args->num_heads_kv;
+    t->head_kv = head_index % args->num_heads_kv;
+    t->rows = clamp(job->group * args->seqlen_q - first_row, 0, BLOCK_M);
+    t->granules = (int)((t->rows + GRANULE - 1) / GRANULE);
+
+    for (int64_t row = 0; row < t->granules * GRANULE; row++) {
+        if (row < t->rows) {
+            t->head[row] = t->head_kv * job->group + head;
+            t->position[row] = position;
+            if (++head == job->group) head = 0, position++;
+        } else {
+            t->head[row] = t->head[row - 1];
+            t->position[row] = t->position[row - 1];
+        }
+        t->offset[row] = (real)(t->position[row] - t->position[0]);
+    }
+    /* A row costs about two operations a vector of d then, with the sum over lanes, where LANES rows cost LANES. */
+    t->few_rows = t->rows * 4 <= LANES && args->head_dim % LANES == 0 && args->head_dim_v % LANES == 0;
+    const int64_t *mask_strides = args->attn_mask.strides;
+    t->mask_is_uniform = t->rows == 1 || (mask_strides[2] == 0 && (mask_strides[1] == 0 || job->group == 1));
+    for (int g = 0; g < t->granules; g++) {
+        int64_t first = t->position[g * GRANULE], last = t->position[g * GRANULE + GRANULE - 1];
+        t->key_begin[g] = clamp(first + args->band_left, 0, args->seqlen_k);
+        t->key_end[g] = clamp(last + args->band_right + 1, 0, args->seqlen_k);
+        t->all_begin[g] = clamp(last + args->band_left, 0, args->seqlen_k);
+        t->all_end[g] = clamp(first + args->band_right + 1, 0, args->seqlen_k);
+    }
+}
+
+/* The softmax begins empty, or with the sink as the only logit. */
+static void start_rows(tile *t)
+{
+    const fc_forward_args *args = t->args;
+    const fc_tensor *sinks = &args->sinks, *slopes = &args->alibi_slopes;
+    for (int64_t row = 0; row < t->granules * GRANULE; row++) {
+        t->max[row] = (real)-INFINITY;
+        t->sum[row] = 0;
+        if (sinks->dtype != FC_NONE) {
+            load_row(&t->max[row], element(sinks, t->batch, t->head[row], 0), sinks->dtype, 0, 1);
+            t->sum[row] = t->max[row] == (real)-INFINITY ? 0 : t->max[row] - t->max[row] + 1; /* NaN for +inf and NaN */
+        }
+        if (slopes->dtype != FC_NONE)
+            load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
+    }
+    for (int64_t d = 0; d < args->head_dim_v; d++)
+        for (int64_t v = 0; v < num_vectors(t); v++) store(t->out + d * BLOCK_M + v * LANES, (vec){0});
+}
+
+static void load_query(tile *t)
+{
+    const fc_tensor *query = &t->args->query;
+    int64_t head_dim = t->args->head_dim;
+    real factor = (real)(t->args->softcap != 0 ? t->args->scale / t->args->softcap : t->args->scale);
+    for (int64_t row = 0; t->few_rows && row < t->rows; row++) {
+        real *to = t->query + row * head_dim;
+        load_row(to, element(query, t->batch, t->head[row], t->position[row]), query->dtype, query->strides[3],
+                 head_dim);
+        for (int64_t d = 0; d < head_dim; d++) to[d] *= factor;
+    }
+    for (int64_t v = 0; !t->few_rows && v < num_vectors(t); v++) {
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            int64_t row = v * LANES + lane; /* a spare lane repeats the last row */
+            load_row(t->staging + lane * t->staging_stride, element(query, t->batch, t->head[row], t->position[row]),
+                     query->dtype, query->strides[3], head_dim);
+        }
+        transpose_rows(t->query + v * LANES, BLOCK_M, t->staging, t->staging_stride, head_dim, factor);
+    }
+}
+
+/* Rows first_key .. first_key + count - 1 of key or value as reals with a last stride of 1: in place, or copied to
+ * `buffer` where dtype or last stride ask for it. In place even if the rows are a multiple of 4 KiB apart and share few
+ * of a cache's sets: each is walked along, and a copy was slower (by 5% or so) at every distance up to 8 KiB. */
+static const real *load_block(const tile *t, const fc_tensor *tensor, int64_t width, int64_t first_key, int64_t count,
+                              real *buffer, int64_t *row_stride)
+{
+    bool same = tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64);
+    *row_stride = tensor->strides[2];
+    if (same && tensor->strides[3] == 1) return (const real *)element(tensor, t->batch, t->head_kv, first_key);
+
+    *row_stride = round_up(width, LANES);
+    for (int64_t key = 0; key < count; key++)
+        load_row(buffer + key * *row_stride, element(tensor, t->batch, t->head_kv, first_key + key), tensor->dtype,
+                 tensor->strides[3], width);
+    return buffer;
+}
+
+/* Reads the mask of keys *begin .. *end - 1. Narrows that range where the mask hides its ends from every row. */
+static void load_mask(tile *t, int64_t *begin, int64_t *end)
+{
+    const fc_tensor *mask = &t->args->attn_mask;
+    int64_t count = *end - *begin, first = count, last = -1;
+    int64_t column = *begin * mask->strides[3] * element_bytes(mask->dtype);
+    int64_t rows = t->mask_is_uniform ? 1 : num_vectors(t) * LANES;
+    for (int64_t row = 0; row < rows; row++) {
+        real *values = t->mask_is_uniform ? t->mask : t->staging + row % LANES * t->staging_stride;
+        load_row(values, element(mask, t->batch, t->head[row], t->position[row]) + column, mask->dtype,
+                 mask->strides[3], count);
+        for (int64_t i = 0; i < first; i++)
+            if (values[i] != (real)-INFINITY) first = i;
+        for (int64_t i = count - 1; i > last; i--)
+            if (values[i] != (real)-INFINITY) last = i;
+        if (!t->mask_is_uniform && (row + 1) % LANES == 0)
+            transpose_rows(t->mask + row + 1 - LANES, BLOCK_M, t->staging, t->staging_stride, count, 1);
+    }
+    t->block_mask = t->mask + first * (t->mask_is_uniform ? 1 : BLOCK_M);
+    *end = *begin + last + 1;
+    *begin += first;
+}
+
+/* Cuts a block where the set of granules that see a key changes. That set is contiguous, and both its ends move only
+ * forward, so there are at most 2 * GRANULES + 1 runs. */
+static int find_runs(const tile *t, int64_t begin, int64_t end, struct run runs[2 * GRANULES + 1])
+{
+    int count = 0, first = 0, last = 0;
+    for (int64_t next; begin < end; begin = next) {
+        while (first < t->granules && t->key_end[first] <= begin) first++;
+        while (last < t->granules && t->key_begin[last] <= begin) last++;
+        next = end;
+        if (first < t->granules && t->key_end[first] < next) next = t->key_end[first];
+        if (last < t->granules && t->key_begin[last] < next) next = t->key_begin[last];
+        if (first >= last) continue;
+        int64_t row = first * GRANULE, rows = clamp(t->rows, 0, last * GRANULE) - row;
+        runs[count++] = (struct run){begin, next, row, (rows + LANES - 1) / LANES};
+    }
+    return count;
+}
+
+/* The rest of the formula on one vector of products, of key j with the rows from `row`: softcap, added mask, ALiBi,
+ * bool mask. */
+FC_INLINE vec adjust_score(const tile *t, vec score, int64_t j, int64_t row, const real *mask)
+{
+    const fc_forward_args *args = t->args;
+    if (args->softcap != 0) score = (real)args->softcap * tanh_lanes(score);
+    vec added = !mask ? (vec){0} : t->mask_is_uniform ? broadcast(*mask) : load(mask + row);
+    if (mask && args->attn_mask.dtype != FC_BOOL) score += added;
+    if (args->alibi_slopes.dtype != FC_NONE) {
+        double from_first = (double)(j - t->position[0]) - (double)args->diagonal; /* any diagonal: no overflow */
+        vec distance = (real)from_first - load(t->offset + row);
+        score -= load(t->slope + row) * max_lanes(distance, -distance);
+    }
+    return mask && args->attn_mask.dtype == FC_BOOL ? select_lanes(added < 0, added, score) : score;
+}
+
+/* -inf for the rows whose band leaves out key j: seen where j - band_right <= position <= j - band_left. */
+FC_INLINE vec hide_score(const tile *t, vec score, int64_t j, int64_t row)
+{
+    real least = (real)clamp(j - t->args->band_right - t->position[0], -1, BLOCK_M);
+    real most = (real)clamp(j - t->args->band_left - t->position[0], -1, BLOCK_M);
+    vec offset = load(t->offset + row);
+    return select_lanes((offset >= least) & (offset <= most), score, broadcast((real)-INFINITY));
+}
+
+/* out *= factor for one vector of rows. */
+static void rescale(const tile *t, int64_t row, vec factor)
+{
+    for (int64_t d = 0; d < t->args->head_dim_v; d++)
+        store(t->out + d * BLOCK_M + row, load(t->out + d * BLOCK_M + row) * factor);
+}
+
+/* Online softmax of one vector of rows over `count` keys: scores become probabilities against the row's new maximum. */
+static void softmax(tile *t, real *score, int64_t count, int64_t row)
+{
+    vec old_max = load(t->max + row), new_max = old_max, sum = {0};
+    for (int64_t key = 0; key < count; key++) new_max = max_lanes(load(score + key * BLOCK_M), new_max); /* skips NaN */
+    store(t->max + row, new_max);
+
+    /* A row that has seen nothing has the maximum -inf: 0 stands in, and every exp is 0. */
+    vec base = select_lanes(new_max == (real)-INFINITY, (vec){0}, new_max);
+    for (int64_t key = 0; key < count; key++) {
+        vec p = exp_lanes(load(score + key * BLOCK_M) - base);
+        store(score + key * BLOCK_M, p);
+        sum += p;
+    }
+
+    /* Nothing to rescale where no maximum moved, or in the first block, where nothing was summed. */
+    vec old_sum = load(t->sum + row), nothing = {0};
+    if (memcmp(&old_max, &new_max, sizeof(vec)) != 0 && memcmp(&old_sum, &nothing, sizeof(vec)) != 0) {
+        vec factor = exp_lanes(old_max - base);
+        old_sum *= factor;
+        rescale(t, row, factor);
+    }
+    store(t->sum + row, old_sum + sum);
+}
+
+/* score = key . query for the rows that see each of a run's keys. `begin` is the block's first key. */
+static void score_run(const tile *t, const struct run *run, int64_t begin, const real *key, int64_t key_stride)
+{
+    int64_t head_dim = t->args->head_dim, keys = run->end - run->begin, first = run->begin - begin;
+    real *score = t->score + first * BLOCK_M + run->row;
+    key += first * key_stride;
+    if (t->few_rows)
+        dot_rows(t->rows, keys, t->query, head_dim, key, key_stride, head_dim, score, BLOCK_M);
+    else
+        multiply(run->vectors, keys, t->query + run->row, BLOCK_M, key, 1, key_stride, head_dim, score, BLOCK_M, false);
+}
+
+/* out += probability * value, likewise. */
+static void weigh_run(const tile *t, const struct run *run, int64_t begin, const real *value, int64_t value_stride)
+{
+    int64_t head_dim_v = t->args->head_dim_v, keys = run->end - run->begin, first = run->begin - begin;
+    const real *score = t->score + first * BLOCK_M + run->row;
+    value += first * value_stride;
+    if (!t->few_rows) {
+        multiply(run->vectors, head_dim_v, score, BLOCK_M, value, value_stride, 1, keys, t->out + run->row, BLOCK_M,
+                 true);
+        return;
+    }
+    multiply(head_dim_v / LANES, t->rows, value, value_stride, score, BLOCK_M, 1, keys, t->staging, t->staging_stride,
+             false);
+    for (int64_t row = 0; row < t->rows; row++)
+        for (int64_t d = 0; d < head_dim_v; d++) t->out[d * BLOCK_M + row] += t->staging[row * t->staging_stride + d];
+}
+
+/* Scores of one vector of rows, keys first .. last - 1 of the block that begins at `begin`, made complete: softcap,
+ * masks, ALiBi, and the edges of the band. */
+static void finish_scores(const tile *t, int64_t row, int64_t first, int64_t last, int64_t begin)
+{
+    const fc_forward_args *args = t->args;
+    bool masked = args->attn_mask.dtype != FC_NONE;
+    real *score = t->score + row - begin * BLOCK_M;
+    if (masked || args->softcap != 0 || args->alibi_slopes.dtype != FC_NONE)
+        for (int64_t j = first; j < last; j++) {
+            const real *mask = masked ? t->block_mask + (j - begin) * (t->mask_is_uniform ? 1 : BLOCK_M) : NULL;
+            store(score + j * BLOCK_M, adjust_score(t, load(score + j * BLOCK_M), j, row, mask));
+        }
+    int64_t all_begin = t->all_begin[row / GRANULE], all_end = t->all_end[row / GRANULE];
+    for (int64_t j = first; j < last; j++) {
+        if (j >= all_begin && j < all_end) j = all_end; /* every row sees the keys between */
+        if (j < last) store(score + j * BLOCK_M, hide_score(t, load(score + j * BLOCK_M), j, row));
+    }
+}
+
+/* Keys begin .. end - 1, at most BLOCK_N: scores, softmax, output. */
+static void attend_block(tile *t, int64_t begin, int64_t end)
+{
+    const fc_forward_args *args = t->args;
+    if (args->attn_mask.dtype != FC_NONE) load_mask(t, &begin, &end);
+
+    struct run runs[2 * GRANULES + 1];
+    int num_runs = find_runs(t, begin, end, runs);
+    if (num_runs == 0) return;
+    int64_t stride;
+    const real *key = load_block(t, &args->key, args->head_dim, begin, end - begin, t->key, &stride);
+    for (int i = 0; i < num_runs; i++) score_run(t, &runs[i], begin, key, stride);
+
+    for (int64_t row = 0; row < num_vectors(t) * LANES; row += LANES) {
+        int64_t first = clamp(t->key_begin[row / GRANULE], begin, end);
+        int64_t last = clamp(t->key_end[row / GRANULE], begin, end);
+        if (first >= last) continue;
+        finish_scores(t, row, first, last, begin);
+        softmax(t, t->score + (first - begin) * BLOCK_M + row, last - first, row);
+    }
+
+    const real *value = load_block(t, &args->value, args->head_dim_v, begin, end - begin, t->value, &stride);
+    for (int i = 0; i < num_runs; i++) weigh_run(t, &runs[i], begin, value, stride);
+}
+
+/* out / sum, or 0 for a row that saw no key, back to rows; and lse. */
+static void store_output(tile *t)
+{
+    const fc_forward_args *args = t->args;
+    const fc_tensor *out = &args->out;
+    for (int64_t v = 0; v < num_vectors(t); v++) {
+        vec sum = load(t->sum + v * LANES), inverse = 1 / sum;
+        for (int64_t d = 0; d < args->head_dim_v; d += LANES) {
+            vec square[LANES];
+            for (int i = 0; i < LANES; i++)
+                square[i] = select_lanes(sum == 0, (vec){0}, load(t->out + (d + i) * BLOCK_M + v * LANES) * inverse);
+            transpose_square(square);
+            for (int i = 0; i < LANES; i++) store(t->staging + i * t->staging_stride + d, square[i]);
+        }
+        for (int64_t row = v * LANES; row < t->rows && row < (v + 1) * LANES; row++)
+            store_row(element(out, t->batch, t->head[row], t->position[row]), out->dtype, out->strides[3],
+                      t->staging + row % LANES * t->staging_stride, args->head_dim_v);
+    }
+    if (args->lse.dtype == FC_NONE) return;
+    for (int64_t row = 0; row < t->rows; row++) {
+        real *lse = (real *)element(&args->lse, t->batch, t->head[row], t->position[row]);
+        *lse = t->max[row] + (FC_CPU_REAL_BYTES == 4 ? (real)logf((float)t->sum[row]) : (real)log(t->sum[row]));
+    }
+}
+
+/* Lays the tile's buffers out in this thread's scratch, each on a cache line's boundary. */
+static bool find_room(tile *t)
+{
+    const fc_forward_args *args = t->args;
+    int64_t head_dim = round_up(args->head_dim, LANES), head_dim_v = round_up(args->head_dim_v, LANES);
+    t->staging_stride = head_dim > head_dim_v ? head_dim : head_dim_v;
+    if (t->staging_stride < BLOCK_N) t->staging_stride = BLOCK_N;
+    const struct {
+        real **buffer;
+        int64_t size;
+    } parts[] = {
+        {&t->query, head_dim * BLOCK_M},          {&t->score, BLOCK_N * BLOCK_M},
+        {&t->out, head_dim_v * BLOCK_M},          {&t->key, BLOCK_N * head_dim},
+        {&t->value, BLOCK_N * head_dim_v},        {&t->mask, args->attn_mask.dtype != FC_NONE ? BLOCK_N * BLOCK_M : 0},
+        {&t->staging, LANES * t->staging_stride},
+    };
+    const int num_parts = sizeof parts / sizeof parts[0];
+    int64_t size = 0;
+    for (int i = 0; i < num_parts; i++) size += round_up(parts[i].size, 64);
+    real *next = fc_cpu_scratch((uint64_t)size * sizeof(real));
+    if (!next) return false;
+    for (int i = 0; i < num_parts; next += round_up(parts[i].size, 64), i++) *parts[i].buffer = next;
+    return true;
+}
+
+static void forward_task(void *context, int64_t index)
+{
+    struct forward_job *job = context;
+    tile t;
+    place_tile(&t, job, index);
+    if (!find_room(&t)) {
+        atomic_store(&job->out_of_memory, true);
+        return;
+    }
+    load_query(&t);
+    start_rows(&t);
+    int64_t end = t.key_end[t.granules - 1];
+    for (int64_t begin = t.key_begin[0]; begin < end; begin += BLOCK_N)
+        attend_block(&t, begin, begin + BLOCK_N < end ? begin + BLOCK_N : end);
+    store_output(&t);
+}
+
+static fc_status forward(const fc_forward_args *args, const fc_plan *plan)
+{
+    if (args->num_heads_kv == 0) return FC_OK;
+    struct forward_job job = {.args = args, .group = args->num_heads_q / args->num_heads_kv};
+    job.tiles_per_head = round_up(job.group * args->seqlen_q, BLOCK_M) / BLOCK_M;
+    fc_cpu_run(forward_task, &job, plan->grid, plan->num_threads);
+    if (atomic_load(&job.out_of_memory))
+        return fc_fail(FC_OUT_OF_MEMORY,
+                       "no memory for the CPU kernel's scratch (under 1 MiB a thread): free some, or lower num_threads "
+                       "(now %d)",
+                       (int)plan->num_threads);
+    return FC_OK;
+}

@@ -1,0 +1,179 @@
+"""The public C structs in ctypes, and the shared library that the package carries.
+
+Field for field as include/flashcore.h has them; test_c_api.py checks the sizes against the header with a C compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+from reference import Array
+
+import flashcore
+
+OK, INVALID, UNSUPPORTED, NO_DEVICE, OUT_OF_MEMORY, CUDA_ERROR = range(6)
+STATUS_NAMES = ("FC_OK", "FC_INVALID", "FC_UNSUPPORTED", "FC_NO_DEVICE", "FC_OUT_OF_MEMORY", "FC_CUDA_ERROR")
+NONE, FLOAT16, BFLOAT16, FLOAT32, FLOAT64, BOOL = range(6)
+CPU, CUDA = 1, 2
+CAUSAL, LOWER_RIGHT, WINDOW_LEFT, WINDOW_RIGHT, SCALE, DETERMINISTIC = (1 << bit for bit in range(6))
+DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32, "float64": FLOAT64, "bool": BOOL}
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 4),
+        ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        *[
+            (name, ctypes.c_int64)
+            for name in ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
+        ],
+        *[(name, Tensor) for name in ("query", "key", "value", "out", "lse", "attn_mask", "alibi_slopes", "sinks")],
+        ("flags", ctypes.c_uint32),
+        ("block_m", ctypes.c_int32),
+        ("block_n", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64),
+        ("diagonal", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+    ]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("type", ctypes.c_int32),
+        ("id", ctypes.c_int32),
+        ("name", ctypes.c_char * 64),
+        ("compute_capability", ctypes.c_int32),
+        ("num_sms", ctypes.c_int32),
+        ("smem_bytes_per_block", ctypes.c_int32),
+        ("driver_version", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("l2_bytes", ctypes.c_int64),
+    ]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("kernel", ctypes.c_int32),
+        ("block_m", ctypes.c_int32),
+        ("block_n", ctypes.c_int32),
+        ("num_splits", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("slow", ctypes.c_uint32),
+        ("grid", ctypes.c_int64),
+    ]
+
+
+@cache
+def library() -> Any:
+    lib = ctypes.CDLL(flashcore.library_path())
+    for name in ("fc_version", "fc_status_name", "fc_last_error", "fc_kernel_name", "fc_cuda_archs"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    lib.fc_attention_plan.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    lib.fc_attention_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+    lib.fc_plan_describe.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t]
+    lib.fc_device_query.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    lib.fc_malloc.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
+    lib.fc_free.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
+    lib.fc_stream_order.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
+    return lib
+
+
+def last_error() -> str:
+    return str(library().fc_last_error().decode())
+
+
+def tensor(array: Array) -> Tensor:
+    """[batch, head, row, column], or fewer dimensions from the left."""
+    strides = [stride // array.itemsize for stride in array.strides] + [0] * (4 - array.ndim)
+    return Tensor(array.ctypes.data, (ctypes.c_int64 * 4)(*strides), DTYPES[array.dtype.name], 0)
+
+
+def problem(query: Array, key: Array, value: Array, out: Array, **fields: Any) -> Problem:
+    """A CPU problem on [batch, heads, rows, columns] arrays. The caller keeps them alive."""
+    made = Problem(struct_size=ctypes.sizeof(Problem), device_type=CPU)
+    made.batch, made.num_heads_q, made.seqlen_q, made.head_dim = query.shape
+    _, made.num_heads_kv, made.seqlen_k, made.head_dim_v = value.shape
+    made.query, made.key, made.value, made.out = map(tensor, (query, key, value, out))
+    for name, given in fields.items():
+        setattr(made, name, tensor(given) if isinstance(given, np.ndarray) else given)
+    return made
+
+
+def shapes_only(
+    batch: int = 2,
+    num_heads_q: int = 8,
+    num_heads_kv: int = 8,
+    seqlen_q: int = 512,
+    seqlen_k: int = 512,
+    head_dim: int = 64,
+    head_dim_v: int = 64,
+    dtype: int = FLOAT16,
+    device_type: int = CUDA,
+    **fields: Any,
+) -> Problem:
+    """A problem without arrays, as planning takes it: strides are those of packed arrays."""
+    made = Problem(struct_size=ctypes.sizeof(Problem), device_type=device_type)
+    made.batch, made.num_heads_q, made.num_heads_kv = batch, num_heads_q, num_heads_kv
+    made.seqlen_q, made.seqlen_k, made.head_dim, made.head_dim_v = seqlen_q, seqlen_k, head_dim, head_dim_v
+
+    def packed(heads: int, rows: int, columns: int) -> Tensor:
+        return Tensor(None, (ctypes.c_int64 * 4)(heads * rows * columns, rows * columns, columns, 1), dtype, 0)
+
+    made.query = packed(num_heads_q, seqlen_q, head_dim)
+    made.key = packed(num_heads_kv, seqlen_k, head_dim)
+    made.value = packed(num_heads_kv, seqlen_k, head_dim_v)
+    made.out = packed(num_heads_q, seqlen_q, head_dim_v)
+    for name, given in fields.items():
+        setattr(made, name, given)
+    return made
+
+
+def cpu_device(isa: int = 0, num_threads: int = 1) -> Device:
+    return Device(struct_size=ctypes.sizeof(Device), type=CPU, name=b"CPU", isa=isa, num_threads=num_threads)
+
+
+def gpu_device(compute_capability: int, num_sms: int = 132) -> Device:
+    """An H100's facts, but for the capability."""
+    return Device(
+        struct_size=ctypes.sizeof(Device),
+        type=CUDA,
+        name=b"a GPU by hand",
+        compute_capability=compute_capability,
+        num_sms=num_sms,
+        smem_bytes_per_block=232448,
+        driver_version=13000,
+        l2_bytes=50 << 20,
+    )
+
+
+def plan(made: Problem, device: Device | None = None) -> tuple[int, Plan]:
+    result = Plan(struct_size=ctypes.sizeof(Plan))
+    status = library().fc_attention_plan(
+        ctypes.byref(made), None if device is None else ctypes.byref(device), ctypes.byref(result)
+    )
+    return status, result
+
+
+def forward(made: Problem) -> int:
+    return int(library().fc_attention_forward(ctypes.byref(made), None, 0, None))

@@ -1,0 +1,106 @@
+"""Random problems over the whole argument space, against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import numpy as np
+import reference
+from cases import DTYPES, Case
+from devices import Kernel, can_send, fetch, same_bits, send
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import flashcore
+
+# Most tiles' edges are within a few of these; hypothesis picks the offset.
+LENGTHS = st.one_of(
+    st.integers(0, 20), st.builds(lambda tile, by: tile + by, st.sampled_from((32, 64, 128)), st.integers(-2, 2))
+)
+HEAD_DIMS = st.one_of(st.integers(1, 256), st.sampled_from((32, 64, 128)))
+EDGE = st.one_of(st.none(), st.just(-1), st.integers(0, 150), st.just(2**62))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Case:
+    num_heads_kv = draw(st.integers(1, 3))
+    options: dict[str, Any] = {}
+
+    def maybe(name: str, values: st.SearchStrategy[Any]) -> None:
+        if draw(st.integers(0, 3)) == 0:
+            options[name] = draw(values)
+
+    maybe("is_causal", st.sampled_from((True, "lower_right")))
+    maybe("window", st.tuples(EDGE, EDGE))
+    if options.get("is_causal") != "lower_right":
+        maybe("diagonal", st.one_of(st.just("lower_right"), st.integers(-150, 150)))
+    maybe("scale", st.floats(-2, 2, width=32))
+    maybe("softcap", st.floats(0.5, 50, width=32))
+    maybe("layout", st.just("bshd"))
+    strides = st.sampled_from(list(cases.STRIDES))
+    return Case(
+        name=f"property_{draw(st.integers(0, 2**32))}",
+        batch=draw(st.integers(0, 3)),
+        num_heads_q=num_heads_kv * draw(st.integers(1, 4)),
+        num_heads_kv=num_heads_kv,
+        seqlen_q=draw(LENGTHS),
+        seqlen_k=draw(LENGTHS),
+        head_dim=draw(HEAD_DIMS),
+        head_dim_v=draw(HEAD_DIMS),
+        mask=draw(st.sampled_from(["", "", "", *cases.MASKS])),
+        alibi=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        small_float32=draw(st.booleans()),
+        options=options,
+        strides_q=draw(strides),
+        strides_kv=draw(strides),
+    )
+
+
+@given(case=problems(), dtype=st.sampled_from(sorted(DTYPES)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_any_problem(kernel: Kernel, case: Case, dtype: str) -> None:
+    assume(kernel.device == "cpu" or dtype != "float64")
+    problem = cases.inputs(case, DTYPES[dtype])
+    assume(all(can_send(x, kernel.device) for x in problem.arrays))
+    arrays = [send(x, kernel.device) for x in problem.arrays]
+    options = {name: send(x, kernel.device) for name, x in problem.options.items()}
+    out, lse = flashcore.attention(*arrays, **options, return_lse=True)
+    right = reference.expect(*problem.arrays, **problem.options)
+    right.check(fetch(out), fetch(lse))
+    assert fetch(out).dtype == DTYPES[dtype]
+    assert same_bits(flashcore.attention(*arrays, **options), out)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 40),
+    keys=st.integers(1, 140),
+    shift=st.floats(-50, 50),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_adding_a_number_to_every_score_changes_only_lse(
+    kernel: Kernel, seed: int, rows: int, keys: int, shift: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (cases.place(rng.standard_normal((1, 1, n, 16)).astype(np.float32)) for n in (rows, keys, keys))
+    mask = cases.place(np.full((1, 1, 1, 1), shift, np.float32))
+    sent = [send(x, kernel.device) for x in (q, k, v)]
+    out, lse = map(fetch, flashcore.attention(*sent, return_lse=True))
+    moved, moved_lse = map(fetch, flashcore.attention(*sent, attn_mask=send(mask, kernel.device), return_lse=True))
+    np.testing.assert_allclose(moved, out, atol=5e-5)  # 50 + score is rounded to 2^-18
+    np.testing.assert_allclose(moved_lse, lse + np.float32(shift), atol=5e-5)
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 40), keys=st.integers(1, 140))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_the_order_of_keys_does_not_matter(kernel: Kernel, seed: int, rows: int, keys: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, 1, n, 16)).astype(np.float32) for n in (rows, keys, keys))
+    order = rng.permutation(keys)
+    results = [
+        fetch(flashcore.attention(*(send(cases.place(x), kernel.device) for x in arrays)))
+        for arrays in ((q, k, v), (q, k[:, :, order], v[:, :, order]))
+    ]
+    np.testing.assert_allclose(*results, atol=5e-6)

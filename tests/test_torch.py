@@ -1,0 +1,286 @@
+"""As a drop-in for torch.nn.functional.scaled_dot_product_attention, and what torch may ask that is not served yet."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from devices import fetch, same_bits
+
+import flashcore
+
+torch = pytest.importorskip("torch", reason="these are PyTorch's own rules")
+F = torch.nn.functional
+
+
+def qkv(*shape: int, dtype: Any = torch.float32, seed: int = 42) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape or (2, 3, 9, 16), generator=generator).to(dtype) for _ in range(3)]
+
+
+# Drop-in
+
+
+def test_parameters_begin_with_pytorchs() -> None:
+    names = list(inspect.signature(flashcore.attention).parameters)
+    pytorchs = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
+    assert names[: len(pytorchs)] == pytorchs
+    defaults = [p.default for p in inspect.signature(flashcore.attention).parameters.values()][3:8]
+    assert defaults == [None, 0.0, False, None, False]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("seqlen", [128, 256, 512])
+def test_short_sequences_in_half_precision(seqlen: int, is_causal: bool) -> None:
+    """The CPU's share of the nine configurations in test_gpu.py, to the same tolerance."""
+    q, k, v = qkv(2, 8, seqlen, 64, dtype=torch.float16)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    torch.testing.assert_close(flashcore.attention(q, k, v, is_causal=is_causal), want, rtol=1e-3, atol=2e-3)
+
+
+def test_positional_call() -> None:
+    q, k, v = qkv()
+    mask = torch.randn(9, 9)
+    want = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+    torch.testing.assert_close(flashcore.attention(q, k, v, mask, 0.0, False, 0.3, False), want)
+    torch.testing.assert_close(
+        flashcore.attention(q, k, v, None, 0.0, True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+
+
+def test_inside_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            want = layer(x)
+            calls = []
+
+            def attention(*args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                return flashcore.attention(*args, **kwargs)
+
+            monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+            torch.testing.assert_close(layer(x), want)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert calls
+
+
+def test_grouped_heads_with_or_without_the_word() -> None:
+    q, _, _ = qkv(2, 6, 9, 16)
+    _, k, v = qkv(2, 2, 9, 16)
+    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(flashcore.attention(q, k, v, enable_gqa=True), want)
+    assert same_bits(flashcore.attention(q, k, v), flashcore.attention(q, k, v, enable_gqa=True))
+
+
+def test_views_and_memory_formats() -> None:
+    x = torch.randn(2, 9, 3, 3, 16, generator=torch.Generator().manual_seed(1))
+    q, k, v = x.permute(3, 0, 2, 1, 4)  # a fused projection
+    want = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(flashcore.attention(q, k, v), want)
+    torch.testing.assert_close(
+        flashcore.attention(q, k[:, :1].expand_as(k), v), F.scaled_dot_product_attention(q, k[:, :1].expand_as(k), v)
+    )
+    half = q[..., ::2], k[..., ::2], v[..., ::2]
+    torch.testing.assert_close(flashcore.attention(*half), F.scaled_dot_product_attention(*half))
+    last = (t.contiguous(memory_format=torch.channels_last) for t in (q, k, v))
+    torch.testing.assert_close(flashcore.attention(*last), want)
+
+
+def test_parameters_and_inference_tensors() -> None:
+    q, k, v = qkv()
+    want = flashcore.attention(q, k, v)
+    with torch.no_grad():
+        out = flashcore.attention(torch.nn.Parameter(q), torch.nn.Parameter(k), torch.nn.Parameter(v))
+        assert type(out) is torch.Tensor
+        assert same_bits(out, want)
+    with torch.inference_mode():
+        assert same_bits(flashcore.attention(q.clone(), k, v), want)
+    frozen = torch.nn.Parameter(q, requires_grad=False)
+    assert same_bits(flashcore.attention(frozen, k, v), want)
+
+
+def test_under_default_device() -> None:
+    q, k, v = qkv()
+    want = flashcore.attention(q, k, v)
+    with torch.device("cpu"):
+        assert same_bits(flashcore.attention(q, k, v), want)
+
+
+def test_thread_setting_is_followed() -> None:
+    q, k, v = qkv(2, 4, 200, 64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(flashcore.attention(q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask"])
+def test_a_gradient_is_never_dropped_silently(which: str) -> None:
+    arrays = dict(zip(("query", "key", "value"), qkv(), strict=True), attn_mask=torch.zeros(9, 9))
+    arrays[which].requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"{which} requires a gradient.*no_grad.*detach"):
+        flashcore.attention(**arrays)
+    with torch.no_grad():
+        out = flashcore.attention(**arrays)
+    assert not out.requires_grad
+    assert same_bits(out, flashcore.attention(**{name: x.detach() for name, x in arrays.items()}))
+
+
+def test_an_intermediate_result_requires_grad_too() -> None:
+    q, k, v = qkv()
+    weight = torch.ones(16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="query requires a gradient"):
+        flashcore.attention(q * weight, k, v)
+
+
+def test_out_that_requires_grad() -> None:
+    q, k, v = qkv()
+    out = torch.empty_like(q).requires_grad_()
+    with pytest.raises((NotImplementedError, ValueError), match="out"):
+        flashcore.attention(q, k, v, out=out)
+
+
+# Modes
+
+
+def test_autocast() -> None:
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(NotImplementedError, match="autocast"):
+            flashcore.attention(q, k, v)
+        with torch.autocast("cpu", enabled=False):
+            flashcore.attention(q, k, v)
+
+
+def test_function_and_dispatch_modes() -> None:
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class FunctionMode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    class DispatchMode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = qkv()
+    for mode in (FunctionMode, DispatchMode):
+        with mode(), pytest.raises(NotImplementedError, match="mode"):
+            flashcore.attention(q, k, v)
+    flashcore.attention(q, k, v)
+
+
+def test_fake_tensors() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fakes = [torch.empty(2, 3, 9, 16) for _ in range(3)]
+        with pytest.raises(NotImplementedError, match=r"Fake|mode"):
+            flashcore.attention(*fakes)
+    with pytest.raises(NotImplementedError, match="Fake"):
+        flashcore.attention(*fakes)
+    del mode
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functorch_transforms() -> None:
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match=r"subclass|transform|torch.func|vmap"):
+        torch.func.vmap(flashcore.attention)(q, k, v)
+    with pytest.raises(NotImplementedError):
+        torch.func.grad(lambda q: flashcore.attention(q, k, v).sum())(q)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda q: flashcore.attention(q, k, v), (q,), (q,))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_gradients() -> None:
+    q, k, v = qkv()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError):
+            flashcore.attention(dual, k, v)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace() -> None:
+    with pytest.raises(NotImplementedError, match="trace"):
+        torch.jit.trace(lambda q, k, v: flashcore.attention(q, k, v), tuple(qkv()))
+
+
+# Tensors that are not what they seem
+
+
+def test_negative_views() -> None:
+    q, k, v = qkv()
+    complex_value = torch.complex(k, v)
+    lazy = complex_value.conj().imag  # = -v, by a bit that DLPack does not carry
+    assert lazy.is_neg()
+    with pytest.raises(NotImplementedError, match=r"value.*negated.*resolve_neg"):
+        flashcore.attention(q, k, lazy)
+    torch.testing.assert_close(flashcore.attention(q, k, lazy.resolve_neg()), -flashcore.attention(q, k, v))
+
+
+def test_subclasses() -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match=r"Mine.*as_subclass"):
+        flashcore.attention(q, k.as_subclass(Mine), v)
+    masked = torch.nn.Buffer(q)  # a plain tensor with a flag
+    assert same_bits(flashcore.attention(masked, k, v), flashcore.attention(q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*nested tensors.*")
+def test_other_layouts() -> None:
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match=r"query has layout.*sparse.*to_dense"):
+        flashcore.attention(q.to_sparse(), k, v)
+    nested = torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged)
+    with pytest.raises(NotImplementedError):
+        flashcore.attention(nested, k, v)
+    nested = torch.nested.nested_tensor([q[0], q[1]])
+    with pytest.raises((NotImplementedError, RuntimeError, ValueError)):
+        flashcore.attention(nested, k, v)
+
+
+def test_meta_tensors() -> None:
+    q, k, v = (x.to("meta") for x in qkv())
+    with pytest.raises((NotImplementedError, ValueError, RuntimeError, BufferError), match=r"meta|device"):
+        flashcore.attention(q, k, v)
+
+
+def test_quantized_and_integer_tensors() -> None:
+    q, k, v = (torch.ones(2, 3, 9, 16, dtype=torch.int32) for _ in range(3))
+    with pytest.raises(ValueError, match="int32"):
+        flashcore.attention(q, k, v)
+    q, k, v = (torch.ones(2, 3, 9, 16, dtype=torch.complex64) for _ in range(3))
+    with pytest.raises(ValueError, match="complex"):
+        flashcore.attention(q, k, v)
+
+
+def test_tensor_without_storage() -> None:
+    q, k, v = qkv()
+    q.untyped_storage().resize_(0)  # as FSDP frees a parameter
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        flashcore.attention(q, k, v)
+
+
+def test_fetch_helper_keeps_bfloat16() -> None:
+    x = qkv(dtype=torch.bfloat16)[0]
+    assert (torch.from_numpy(fetch(x).astype("float32")) == x.float()).all()
