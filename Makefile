@@ -79,7 +79,7 @@ asan: $(ASAN_VENV)/.built
 	    tests/test_robustness.py -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
 
 fuzz: $(ASAN_VENV)/.built
-	$(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)
+	PYTHONPATH=tests $(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)
 
 $(ASAN_VENV)/.built: $(C_SOURCES) setup.py
 	$(PYTHON) -m venv $(ASAN_VENV)

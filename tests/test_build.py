@@ -77,7 +77,7 @@ def build_wheel(python: Path | str, sources: Path, env: dict[str, str]) -> tuple
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     (wheel,) = dist.glob("*.whl")
     print(f"\n{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
-    return wheel, run.stdout
+    return wheel, run.stdout + run.stderr
 
 
 def check_wheel(wheel: Path, tmp_path: Path) -> None:
