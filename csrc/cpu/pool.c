@@ -9,6 +9,10 @@
  * Workers are detached and sleep for ever when nobody calls. A forked child has none of its parent's
  * threads: it forgets them and makes its own when it needs them.
  */
+#if defined(__linux__)
+#define _GNU_SOURCE /* sched_getcpu, pthread_setaffinity_np */
+#include <sched.h>
+#endif
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -28,12 +32,16 @@
  * wake-up. */
 enum { SPINS = 400 };
 
+enum { MAX_WORKERS = 1023 };
+
 static struct {
     /* Written by the caller that holds `taken`, before it offers seats. */
     void (*task)(void *context, int64_t index);
     void *context;
     int64_t num_tasks;
     int32_t num_workers; /* threads that exist */
+    pthread_t workers[MAX_WORKERS];
+    int caller_cpu; /* that the workers are kept away from; -1: none */
 
     atomic_bool taken;
     atomic_llong next; /* the first task that nobody has drawn */
@@ -44,7 +52,10 @@ static struct {
     pthread_cond_t offered, left;
     atomic_int asleep;
     atomic_bool waiting; /* the caller, for `left` */
-} pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .offered = PTHREAD_COND_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
+} pool = {.caller_cpu = -1,
+          .mutex = PTHREAD_MUTEX_INITIALIZER,
+          .offered = PTHREAD_COND_INITIALIZER,
+          .left = PTHREAD_COND_INITIALIZER};
 
 static void draw_tasks(void)
 {
@@ -106,6 +117,7 @@ static void *work(void *unused)
 static void forget_workers(void)
 {
     pool.num_workers = 0;
+    pool.caller_cpu = -1;
     atomic_store(&pool.seats, 0);
     atomic_store(&pool.active, 0);
     atomic_store(&pool.asleep, 0);
@@ -130,11 +142,30 @@ static void hire_workers(int32_t wanted)
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (pthread_t thread; pool.num_workers < wanted; pool.num_workers++) {
-        if (pthread_create(&thread, NULL, work, NULL) != 0) break;
-        pthread_detach(thread);
+    for (; pool.num_workers < wanted; pool.num_workers++) {
+        pthread_t *worker = &pool.workers[pool.num_workers];
+        if (pthread_create(worker, NULL, work, NULL) != 0) break;
+        pthread_detach(*worker);
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pool.caller_cpu = -1; /* the new ones may run anywhere */
+}
+
+/* A sleeper may be woken onto the caller's own processor and wait there for milliseconds, behind the caller, until the
+ * scheduler balances its load. So the workers are kept off that processor; told again only when the caller has moved.
+ */
+static void keep_workers_away(void)
+{
+#if defined(__linux__)
+    int cpu = sched_getcpu();
+    cpu_set_t allowed;
+    if (cpu < 0 || cpu >= CPU_SETSIZE || cpu == pool.caller_cpu) return;
+    if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    CPU_CLR(cpu, &allowed);
+    for (int32_t i = 0; i < pool.num_workers; i++)
+        pthread_setaffinity_np(pool.workers[i], sizeof allowed, &allowed); /* a wish: failing, it runs anywhere */
+    pool.caller_cpu = cpu;
+#endif
 }
 
 void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads)
@@ -144,7 +175,7 @@ void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64
         for (int64_t index = 0; index < num_tasks; index++) task(context, index);
         return;
     }
-    int32_t wanted = num_threads - 1;
+    int32_t wanted = num_threads - 1 < MAX_WORKERS ? num_threads - 1 : MAX_WORKERS;
     if (pool.num_workers < wanted) hire_workers(wanted);
 
     pool.task = task;
@@ -153,6 +184,7 @@ void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64
     atomic_store(&pool.next, 0);
     atomic_store(&pool.seats, wanted);
     if (atomic_load(&pool.asleep) > 0) {
+        keep_workers_away();
         pthread_mutex_lock(&pool.mutex);
         for (int32_t i = 0; i < wanted; i++) pthread_cond_signal(&pool.offered);
         pthread_mutex_unlock(&pool.mutex);
