@@ -1,14 +1,16 @@
 /*
  * binding.h - what the files of the CPython extension say to each other.
  *
- *   module.c   method table, module state
- *   call.c     attention(): parse, route, run, return
- *   layout.c   shapes: leading batches, heads, broadcasting, folding; no Python objects in it
- *   tensor.c   arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
- *   numpy.c    arrays in and out through NumPy's C API
- *   torch.c    what a torch.Tensor may ask that the C function cannot serve
- *   result.c   arrays out: made by the query's own allocator
- *   buffer.c   memory of our own that speaks DLPack, for results of kinds that cannot be written
+ *   module.c     method table, module state
+ *   call.c       attention(): route, run, return
+ *   arguments.c  from the vector call to a problem's options
+ *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
+ *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
+ *   numpy.c      arrays in and out through NumPy's C API
+ *   torch.c      what a torch.Tensor may ask that the C function cannot serve
+ *   result.c     arrays out: made by the query's own allocator
+ *   support.c    facts of dtypes, and the way to flashcore/_interop.py
+ *   buffer.c     memory of our own that speaks DLPack, for results of kinds that cannot be written
  *
  * Conventions: a function that returns int gives 0, or -1 with a Python exception set. Objects are
  * borrowed unless a comment says otherwise.
@@ -84,16 +86,19 @@ typedef struct fc_state {
     } numpy;
 } fc_state;
 
+/* support.c */
+const char *fc_dtype_word(int32_t dtype); /* "float16" */
+int32_t fc_dtype_size(int32_t dtype);     /* bytes */
+dl_dtype fc_dtype_to_dl(int32_t dtype);
+int32_t fc_dtype_from_dl(dl_dtype dtype);                    /* FC_NONE for one that is not ours */
+PyObject *fc_interop(fc_state *state, const char *function); /* of flashcore/_interop.py; a new reference */
+
 /* tensor.c. import: stream is the call's, for producers that order themselves; NULL where none is known. */
 int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind);
 int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
                     bool has_stream, fc_array *array);
 void fc_array_release(fc_array *array);
 int fc_array_from_dl(fc_array *array, const dl_tensor *tensor);
-const char *fc_dtype_word(int32_t dtype);
-int32_t fc_dtype_size(int32_t dtype);
-int fc_dtype_to_dl(int32_t dtype, dl_dtype *out);
-PyObject *fc_interop(fc_state *state, const char *function); /* new reference */
 
 /* numpy.c. is_exact: numpy.ndarray or numpy.memmap; another subclass may mean something else by its data. */
 int fc_numpy_classify(fc_state *state, PyObject *object, bool *is_array, bool *is_exact);
@@ -143,9 +148,47 @@ int fc_result_new(fc_state *state, const fc_array *query, const char *name, int3
 /* buffer.c */
 extern PyType_Spec fc_buffer_spec;
 
+/* arguments.c */
+
+/* In the order of the signature. */
+enum fc_argument {
+    FC_ARG_QUERY,
+    FC_ARG_KEY,
+    FC_ARG_VALUE,
+    FC_ARG_ATTN_MASK,
+    FC_ARG_DROPOUT_P,
+    FC_ARG_IS_CAUSAL,
+    FC_ARG_SCALE,
+    FC_ARG_ENABLE_GQA,
+    FC_ARG_WINDOW,
+    FC_ARG_DIAGONAL,
+    FC_ARG_SOFTCAP,
+    FC_ARG_ALIBI_SLOPES,
+    FC_ARG_SINKS,
+    FC_ARG_LAYOUT,
+    FC_ARG_RETURN_LSE,
+    FC_ARG_OUT,
+    FC_ARG_DETERMINISTIC,
+    FC_ARG_STREAM,
+    FC_ARG_BLOCK_M,
+    FC_ARG_BLOCK_N,
+    FC_NUM_ARGS
+};
+extern const char *const fc_argument_names[FC_NUM_ARGS];
+
+typedef struct fc_arguments {
+    PyObject *given[FC_NUM_ARGS]; /* NULL where absent or None */
+    bool is_none[FC_NUM_ARGS];
+    bool heads_inside; /* layout "bshd" */
+    bool return_lse;
+    char forced_kernel[64]; /* FLASHCORE_FORCE, copied: os.environ may change once the GIL is released */
+} fc_arguments;
+
+/* Both structs zeroed by the caller; fills in the arguments, and the problem's options. */
+int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
+                      fc_arguments *arguments, fc_attention_problem *problem);
+
 /* call.c */
-extern const char *const fc_parameter_names[];
-extern const int fc_num_parameters;
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 

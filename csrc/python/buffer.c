@@ -55,7 +55,7 @@ static void fill_tensor(dl_tensor *tensor, block *b)
 {
     *tensor = (dl_tensor){.data = b->data, .ndim = b->ndim, .shape = b->shape, .strides = b->strides};
     tensor->device = (dl_device){b->device_type == FC_CUDA ? DL_CUDA : DL_CPU, b->device_id};
-    fc_dtype_to_dl(b->dtype, &tensor->dtype);
+    tensor->dtype = fc_dtype_to_dl(b->dtype);
 }
 
 static PyObject *export_capsule(block *b, bool versioned)

@@ -1,9 +1,10 @@
 /*
- * call.c - attention(): parse, route, run, return. plan() shares all of it up to the result.
+ * call.c - attention(): route, run, return. plan() shares all of it up to the result.
  *
- * There is no Python frame between the caller and the kernel: arguments are read straight from the vector call, arrays
- * are imported in place, the result is made by the query's own allocator, and the GIL is released around the kernel.
- * The rules on shapes and options live in the C library (check.c); what stands here is what only Python can say.
+ * There is no Python frame between the caller and the kernel: arguments are read straight from the vector call
+ * (arguments.c), arrays are imported in place, the result is made by the query's own allocator, and the GIL is released
+ * around the kernel. The rules on shapes and options live in the C library (check.c); what stands here is what only
+ * Python can say.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,60 +12,25 @@
 
 #include "binding.h"
 
-/* Signature order; the first eight are PyTorch's and the first eight may be given by position. */
-enum parameter {
-    QUERY,
-    KEY,
-    VALUE,
-    ATTN_MASK,
-    DROPOUT_P,
-    IS_CAUSAL,
-    SCALE,
-    ENABLE_GQA,
-    WINDOW,
-    DIAGONAL,
-    SOFTCAP,
-    ALIBI_SLOPES,
-    SINKS,
-    LAYOUT,
-    RETURN_LSE,
-    OUT,
-    DETERMINISTIC,
-    STREAM,
-    BLOCK_M,
-    BLOCK_N,
-    NUM_PARAMETERS
-};
-enum { NUM_POSITIONAL = 8 };
-
-const char *const fc_parameter_names[] = {
-    "query",      "key",    "value",         "attn_mask", "dropout_p",    "is_causal", "scale",
-    "enable_gqa", "window", "diagonal",      "softcap",   "alibi_slopes", "sinks",     "layout",
-    "return_lse", "out",    "deterministic", "stream",    "block_m",      "block_n",
-};
-const int fc_num_parameters = NUM_PARAMETERS;
-
 typedef struct fc_call {
     fc_state *state;
-    PyObject *given[NUM_PARAMETERS]; /* NULL where absent or None */
-    bool is_none[NUM_PARAMETERS];
+    fc_arguments arguments;
     fc_array arrays[FC_NUM_OPERANDS];
     bool has[FC_NUM_OPERANDS];
-    bool any_torch, return_lse;
+    bool any_torch;
     bool has_stream; /* the call's: the stream that the kernel runs on */
     void *stream;
     fc_geometry geometry;
     fc_batches batches;
     fc_attention_problem problem;
-    char forced_kernel[64]; /* a copy: os.environ may change once the GIL is released */
 } fc_call;
 
 static const struct {
     enum fc_operand operand;
-    enum parameter parameter;
+    enum fc_argument argument;
 } inputs[] = {
-    {FC_QUERY, QUERY},        {FC_KEY, KEY},     {FC_VALUE, VALUE}, {FC_MASK, ATTN_MASK},
-    {FC_ALIBI, ALIBI_SLOPES}, {FC_SINKS, SINKS},
+    {FC_QUERY, FC_ARG_QUERY},        {FC_KEY, FC_ARG_KEY},     {FC_VALUE, FC_ARG_VALUE}, {FC_MASK, FC_ARG_ATTN_MASK},
+    {FC_ALIBI, FC_ARG_ALIBI_SLOPES}, {FC_SINKS, FC_ARG_SINKS},
 };
 enum { NUM_INPUTS = sizeof inputs / sizeof inputs[0] };
 
@@ -86,270 +52,6 @@ static int raise_status(fc_status status)
                           : status == FC_OUT_OF_MEMORY ? PyExc_MemoryError
                                                        : PyExc_RuntimeError;
     PyErr_SetString(exception, fc_last_error());
-    return -1;
-}
-
-/* ---- arguments ---- */
-
-static int find_parameter(fc_state *state, PyObject *name)
-{
-    for (int i = 0; i < NUM_PARAMETERS; i++)
-        if (state->parameter_names[i] == name) return i;
-    for (int i = 0; i < NUM_PARAMETERS; i++) /* a name that was not interned */
-        if (PyUnicode_Compare(state->parameter_names[i], name) == 0) return i;
-    PyErr_Clear();
-    return -1;
-}
-
-static int read_arguments(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
-{
-    if (num_args > NUM_POSITIONAL) {
-        PyErr_Format(PyExc_TypeError,
-                     "attention() takes at most %d positional arguments (%zd given); from 'window' on, name them",
-                     NUM_POSITIONAL, num_args);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < num_args; i++) call->given[i] = args[i];
-    Py_ssize_t num_keywords = keyword_names == NULL ? 0 : PyTuple_Size(keyword_names);
-    for (Py_ssize_t i = 0; i < num_keywords; i++) {
-        PyObject *name = PyTuple_GetItem(keyword_names, i);
-        int at = find_parameter(call->state, name);
-        if (at < 0) {
-            PyErr_Format(PyExc_TypeError, "attention() got an unexpected keyword argument %R", name);
-            return -1;
-        }
-        if (call->given[at] != NULL) {
-            PyErr_Format(PyExc_TypeError, "attention() got multiple values for argument %R", name);
-            return -1;
-        }
-        call->given[at] = args[num_args + i];
-    }
-    for (int i = QUERY; i <= VALUE; i++)
-        if (call->given[i] == NULL) {
-            PyErr_Format(PyExc_TypeError, "attention() is missing its argument '%s'", fc_parameter_names[i]);
-            return -1;
-        }
-    for (int i = ATTN_MASK; i < NUM_PARAMETERS; i++)
-        if (call->given[i] == Py_None) {
-            call->given[i] = NULL;
-            call->is_none[i] = true;
-        }
-    return 0;
-}
-
-static int refuse_type(const fc_call *call, enum parameter at, const char *allowed)
-{
-    PyObject *type = PyType_GetQualName(Py_TYPE(call->given[at]));
-    if (type == NULL) return -1;
-    PyErr_Format(PyExc_TypeError, "%s is %R (%U); allowed: %s", fc_parameter_names[at], call->given[at], type, allowed);
-    Py_DECREF(type);
-    return -1;
-}
-
-/* numpy.bool, which is neither a bool nor an int. */
-static bool is_numpy_bool(PyObject *given)
-{
-    PyObject *name = PyType_GetName(Py_TYPE(given));
-    bool found = name != NULL && (PyUnicode_CompareWithASCIIString(name, "bool") == 0 ||
-                                  PyUnicode_CompareWithASCIIString(name, "bool_") == 0);
-    Py_XDECREF(name);
-    PyErr_Clear();
-    return found;
-}
-
-static int read_bool(const fc_call *call, enum parameter at, bool *value)
-{
-    PyObject *given = call->given[at];
-    if (given == NULL) return 0;
-    if (PyBool_Check(given)) {
-        *value = given == Py_True;
-        return 0;
-    }
-    if (!PyLong_Check(given) && !is_numpy_bool(given))
-        return refuse_type(call, at, at == IS_CAUSAL ? "True, False, 'lower_right'" : "True, False");
-    int truth = PyObject_IsTrue(given);
-    *value = truth == 1;
-    return truth < 0 ? -1 : 0;
-}
-
-static int read_double(const fc_call *call, enum parameter at, double *value)
-{
-    *value = PyFloat_AsDouble(call->given[at]);
-    if (*value != -1.0 || !PyErr_Occurred()) return 0;
-    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_ValueError, "%s is an int beyond what a float holds; it must be finite",
-                     fc_parameter_names[at]);
-        return -1;
-    }
-    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
-    PyErr_Clear();
-    return refuse_type(call, at, "a number or None");
-}
-
-/* An int that must fit 64 bits, from anything with __index__. */
-static int read_int64(PyObject *given, const char *name, int64_t *value)
-{
-    PyObject *index = PyNumber_Index(given);
-    if (index == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
-            PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "%s is %R; allowed: an int", name, given);
-        }
-        return -1;
-    }
-    int overflow;
-    *value = PyLong_AsLongLongAndOverflow(index, &overflow);
-    Py_DECREF(index);
-    if (*value == -1 && PyErr_Occurred()) return -1;
-    if (overflow == 0) return 0;
-    PyErr_Format(PyExc_ValueError, "%s is %R; allowed: an int of up to 60 bits", name, given);
-    return -1;
-}
-
-static bool is_word(PyObject *given, const char *word)
-{
-    return given != NULL && PyUnicode_Check(given) && PyUnicode_CompareWithASCIIString(given, word) == 0;
-}
-
-/* One side of window: None and -1 leave it open. */
-static int read_side(PyObject *side, const char *name, uint32_t flag, int64_t *value, uint32_t *flags)
-{
-    if (side == Py_None) return 0;
-    if (read_int64(side, name, value) != 0) return -1;
-    if (*value == -1) {
-        *value = 0;
-        return 0;
-    }
-    *flags |= flag;
-    return 0;
-}
-
-static int read_window(const fc_call *call, fc_attention_problem *problem)
-{
-    static const char allowed[] = "None or a pair (left, right) of ints, None or -1 leaving a side open";
-    PyObject *given = call->given[WINDOW];
-    if (given == NULL) return 0;
-    if (!PyTuple_Check(given) && !PyList_Check(given)) return refuse_type(call, WINDOW, allowed);
-    if (PySequence_Size(given) != 2) {
-        PyErr_Format(PyExc_ValueError, "window is %R; allowed: %s", given, allowed);
-        return -1;
-    }
-    PyObject *left = PySequence_GetItem(given, 0), *right = PySequence_GetItem(given, 1);
-    int error = left == NULL || right == NULL ||
-                read_side(left, "window's left side", FC_WINDOW_LEFT, &problem->window_left, &problem->flags) != 0 ||
-                read_side(right, "window's right side", FC_WINDOW_RIGHT, &problem->window_right, &problem->flags) != 0;
-    Py_XDECREF(left);
-    Py_XDECREF(right);
-    return error ? -1 : 0;
-}
-
-static int read_diagonal(const fc_call *call, fc_attention_problem *problem)
-{
-    PyObject *given = call->given[DIAGONAL];
-    if (given == NULL) {
-        if (call->is_none[DIAGONAL]) {
-            PyErr_SetString(PyExc_TypeError, "diagonal is None; allowed: an int or 'lower_right'");
-            return -1;
-        }
-        return 0;
-    }
-    if (PyUnicode_Check(given)) {
-        if (!is_word(given, "lower_right")) {
-            PyErr_Format(PyExc_ValueError, "diagonal is %R; allowed: an int or 'lower_right'", given);
-            return -1;
-        }
-        problem->flags |= FC_LOWER_RIGHT;
-        return 0;
-    }
-    return read_int64(given, "diagonal", &problem->diagonal);
-}
-
-static int read_causal(const fc_call *call, fc_attention_problem *problem)
-{
-    PyObject *given = call->given[IS_CAUSAL];
-    bool causal = false;
-    if (given != NULL && PyUnicode_Check(given)) {
-        if (!is_word(given, "lower_right")) {
-            PyErr_Format(PyExc_ValueError, "is_causal is %R; allowed: True, False, 'lower_right'", given);
-            return -1;
-        }
-        if (call->given[DIAGONAL] != NULL && !is_word(call->given[DIAGONAL], "lower_right")) {
-            PyErr_Format(PyExc_ValueError, "is_causal is 'lower_right' and diagonal is %R; give one of them",
-                         call->given[DIAGONAL]);
-            return -1;
-        }
-        problem->flags |= FC_CAUSAL | FC_LOWER_RIGHT;
-        return 0;
-    }
-    if (read_bool(call, IS_CAUSAL, &causal) != 0) return -1;
-    if (causal) problem->flags |= FC_CAUSAL;
-    return 0;
-}
-
-static int read_block(const fc_call *call, enum parameter at, int32_t *block)
-{
-    if (call->given[at] == NULL) return 0;
-    int64_t value;
-    if (read_int64(call->given[at], fc_parameter_names[at], &value) != 0) return -1;
-    if (value < 1 || value > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s is %lld; allowed: None to let the library choose, or a size that explain() names",
-                     fc_parameter_names[at], (long long)value);
-        return -1;
-    }
-    *block = (int32_t)value;
-    return 0;
-}
-
-static int read_dropout(const fc_call *call)
-{
-    double p = 0;
-    if (call->given[DROPOUT_P] == NULL) return 0;
-    if (read_double(call, DROPOUT_P, &p) != 0) return -1;
-    if (p == 0) return 0;
-    if (p > 0 && p <= 1)
-        PyErr_Format(PyExc_NotImplementedError,
-                     "dropout_p is %R, and flashcore %s has no dropout yet; pass 0.0 (as in evaluation)",
-                     call->given[DROPOUT_P], fc_version());
-    else
-        PyErr_Format(PyExc_ValueError, "dropout_p is %R; allowed: 0.0 to 1.0", call->given[DROPOUT_P]);
-    return -1;
-}
-
-/* Options into problem->flags and fields. The GIL is held, so nobody's os.environ can change under getenv. */
-static int read_options(fc_call *call)
-{
-    fc_attention_problem *problem = &call->problem;
-    bool grouped = false, deterministic = false; /* grouped heads need no word here; PyTorch's flag is accepted */
-    if (read_dropout(call) != 0 || read_causal(call, problem) != 0 || read_diagonal(call, problem) != 0 ||
-        read_window(call, problem) != 0 || read_bool(call, ENABLE_GQA, &grouped) != 0 ||
-        read_bool(call, RETURN_LSE, &call->return_lse) != 0 || read_bool(call, DETERMINISTIC, &deterministic) != 0 ||
-        read_block(call, BLOCK_M, &problem->block_m) != 0 || read_block(call, BLOCK_N, &problem->block_n) != 0)
-        return -1;
-    if (deterministic) problem->flags |= FC_DETERMINISTIC;
-    if (call->given[SCALE] != NULL) {
-        if (read_double(call, SCALE, &problem->scale) != 0) return -1;
-        problem->flags |= FC_SCALE;
-    }
-    if (call->given[SOFTCAP] != NULL && read_double(call, SOFTCAP, &problem->softcap) != 0) return -1;
-    const char *forced = getenv("FLASHCORE_FORCE");
-    if (forced != NULL && forced[0] != '\0') {
-        snprintf(call->forced_kernel, sizeof call->forced_kernel, "%s", forced);
-        problem->kernel = call->forced_kernel;
-    }
-    return 0;
-}
-
-static int read_layout(const fc_call *call, bool *heads_inside)
-{
-    PyObject *given = call->given[LAYOUT];
-    *heads_inside = is_word(given, "bshd");
-    if (given == NULL || *heads_inside || is_word(given, "bhsd")) return 0;
-    PyErr_Format(
-        PyUnicode_Check(given) ? PyExc_ValueError : PyExc_TypeError,
-        "layout is %R; allowed: 'bhsd' (batch, heads, sequence, head_dim), 'bshd' (batch, sequence, heads, head_dim)",
-        given);
     return -1;
 }
 
@@ -385,7 +87,7 @@ static int ask_stream(fc_state *state, const char *function_name, PyObject *obje
 
 static int refuse_stream(const fc_call *call, bool on_cpu)
 {
-    PyErr_Format(PyExc_ValueError, "stream is %R, but the query %s", call->given[STREAM],
+    PyErr_Format(PyExc_ValueError, "stream is %R, but the query %s", call->arguments.given[FC_ARG_STREAM],
                  on_cpu ? "is a CPU array; leave stream out"
                         : "comes from a library with a current stream of its own, which is used; enter it there (with "
                           "torch.cuda.stream(s): "
@@ -396,13 +98,14 @@ static int refuse_stream(const fc_call *call, bool on_cpu)
 /* A query of another protocol must know the stream before its data is asked for: its library's, or the caller's. */
 static int find_stream(fc_call *call, const fc_kind *kind)
 {
-    PyObject *query = call->given[QUERY];
+    PyObject *query = call->arguments.given[FC_ARG_QUERY];
     int32_t device_id = kind->protocol == FC_BY_DLPACK ? cuda_device_of(query) : 0;
     if (device_id >= 0 && ask_stream(call->state, "stream_of", query, device_id, &call->has_stream, &call->stream) != 0)
         return -1;
-    if (call->given[STREAM] == NULL) return 0;
+    if (call->arguments.given[FC_ARG_STREAM] == NULL) return 0;
     if (device_id < 0 || call->has_stream) return refuse_stream(call, device_id < 0);
-    return ask_stream(call->state, "stream_handle", call->given[STREAM], -1, &call->has_stream, &call->stream);
+    return ask_stream(call->state, "stream_handle", call->arguments.given[FC_ARG_STREAM], -1, &call->has_stream,
+                      &call->stream);
 }
 
 static int import_one(fc_call *call, enum fc_operand operand, const char *name, PyObject *object)
@@ -419,7 +122,7 @@ static int import_one(fc_call *call, enum fc_operand operand, const char *name, 
     fc_array *array = &call->arrays[operand];
     if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0) return -1;
     call->has[operand] = true;
-    if (operand == FC_QUERY && !asks_stream && call->given[STREAM] != NULL)
+    if (operand == FC_QUERY && !asks_stream && call->arguments.given[FC_ARG_STREAM] != NULL)
         return refuse_stream(call, array->device_type == FC_CPU);
     if (operand == FC_QUERY && !call->has_stream && array->has_stream) {
         call->stream = array->stream; /* the exchange API's, or what a CUDA array interface names */
@@ -477,18 +180,16 @@ static int order_streams(fc_call *call, bool before)
 /* Arguments to a problem, all but the outputs. */
 static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
-    bool heads_inside;
     call->problem.struct_size = sizeof call->problem;
-    if (read_arguments(call, args, num_args, keyword_names) != 0 || read_layout(call, &heads_inside) != 0 ||
-        read_options(call) != 0)
-        return -1;
+    if (fc_arguments_read(call->state, args, num_args, keyword_names, &call->arguments, &call->problem) != 0) return -1;
     for (int i = 0; i < NUM_INPUTS; i++) {
-        PyObject *object = call->given[inputs[i].parameter];
-        if (object != NULL && import_one(call, inputs[i].operand, fc_parameter_names[inputs[i].parameter], object) != 0)
+        PyObject *object = call->arguments.given[inputs[i].argument];
+        if (object != NULL && import_one(call, inputs[i].operand, fc_argument_names[inputs[i].argument], object) != 0)
             return -1;
     }
     fc_geometry *g = &call->geometry;
-    if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE], heads_inside, g) != 0)
+    if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE],
+                       call->arguments.heads_inside, g) != 0)
         return -1;
     for (int i = 0; i < NUM_INPUTS; i++) {
         enum fc_operand operand = inputs[i].operand;
@@ -496,7 +197,9 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
             fc_place(g, operand, &call->arrays[operand], tensor_of(&call->problem, operand), &call->batches) != 0)
             return -1;
     }
-    if (call->given[OUT] != NULL && import_one(call, FC_OUT, "out", call->given[OUT]) != 0) return -1;
+    if (call->arguments.given[FC_ARG_OUT] != NULL &&
+        import_one(call, FC_OUT, "out", call->arguments.given[FC_ARG_OUT]) != 0)
+        return -1;
     if (check_devices(call) != 0) return -1;
     fc_attention_problem *p = &call->problem;
     p->num_heads_q = g->num_heads_q;
@@ -557,7 +260,7 @@ static int make_result(fc_call *call, enum fc_operand operand, fc_result *result
     int32_t dtype = !is_lse || query->dtype == FC_FLOAT64 ? query->dtype : FC_FLOAT32;
     if (call->has[operand]) { /* out= */
         if (check_out(call) != 0) return -1;
-        result->object = call->given[OUT];
+        result->object = call->arguments.given[FC_ARG_OUT];
         Py_INCREF(result->object);
     } else {
         if (fc_result_new(call->state, query, is_lse ? "lse" : "out", dtype, is_lse ? g->lse_ndim : g->out_ndim,
@@ -690,10 +393,10 @@ PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t nu
 
     if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
-    if (call.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
+    if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (run(&call) != 0) goto done;
     returned = finish_result(&out);
-    if (call.return_lse && returned != NULL) {
+    if (call.arguments.return_lse && returned != NULL) {
         PyObject *second = finish_result(&lse);
         PyObject *pair = second == NULL ? NULL : PyTuple_Pack(2, returned, second);
         Py_XDECREF(second);
@@ -740,7 +443,7 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
         fc_place(&call.geometry, FC_OUT, &call.arrays[FC_OUT], &call.problem.out, &call.batches);
     else
         imagine_result(&call, FC_OUT);
-    if (call.return_lse) imagine_result(&call, FC_LSE);
+    if (call.arguments.return_lse) imagine_result(&call, FC_LSE);
     int64_t num_calls;
     if (fold(&call, &num_calls) != 0) goto done;
     fc_plan plan = {.struct_size = sizeof plan};

@@ -124,13 +124,13 @@ static PyMethodDef methods[] = {
 static int exec(PyObject *module)
 {
     fc_state *state = PyModule_GetState(module);
-    state->parameter_names = PyMem_Calloc((size_t)fc_num_parameters, sizeof *state->parameter_names);
+    state->parameter_names = PyMem_Calloc(FC_NUM_ARGS, sizeof *state->parameter_names);
     if (state->parameter_names == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    for (int i = 0; i < fc_num_parameters; i++) {
-        state->parameter_names[i] = PyUnicode_InternFromString(fc_parameter_names[i]);
+    for (int i = 0; i < FC_NUM_ARGS; i++) {
+        state->parameter_names[i] = PyUnicode_InternFromString(fc_argument_names[i]);
         if (state->parameter_names[i] == NULL) return -1;
     }
     PyObject *buffer = PyType_FromModuleAndSpec(module, &fc_buffer_spec, NULL);
@@ -164,7 +164,7 @@ static int clear(PyObject *module)
     Py_CLEAR(state->slow_warning);
     Py_CLEAR(state->numpy.memmap_type);
     if (state->parameter_names != NULL)
-        for (int i = 0; i < fc_num_parameters; i++) Py_CLEAR(state->parameter_names[i]);
+        for (int i = 0; i < FC_NUM_ARGS; i++) Py_CLEAR(state->parameter_names[i]);
     return 0;
 }
 

@@ -27,7 +27,7 @@ static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim,
     }
     dl_tensor prototype = {.ndim = ndim, .shape = sizes, .strides = strides};
     prototype.device = (dl_device){query->device_type == FC_CUDA ? DL_CUDA : DL_CPU, query->device_id};
-    fc_dtype_to_dl(dtype, &prototype.dtype);
+    prototype.dtype = fc_dtype_to_dl(dtype);
     dl_managed_versioned *managed = NULL;
     if (api->allocate(&prototype, &managed, NULL, allocator_error) != 0) {
         if (!PyErr_Occurred()) allocator_error(NULL, NULL, NULL);

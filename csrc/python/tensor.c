@@ -10,46 +10,7 @@
 
 #include "binding.h"
 
-static const struct {
-    const char *word;
-    int32_t bytes;
-    dl_dtype dl;
-} dtypes[] = {
-    [FC_NONE] = {"none", 0, {0, 0, 0}},
-    [FC_FLOAT16] = {"float16", 2, {DL_FLOAT, 16, 1}},
-    [FC_BFLOAT16] = {"bfloat16", 2, {DL_BFLOAT, 16, 1}},
-    [FC_FLOAT32] = {"float32", 4, {DL_FLOAT, 32, 1}},
-    [FC_FLOAT64] = {"float64", 8, {DL_FLOAT, 64, 1}},
-    [FC_BOOL] = {"bool", 1, {DL_BOOL, 8, 1}},
-};
-enum { NUM_DTYPES = sizeof dtypes / sizeof dtypes[0] };
-
 #define ALLOWED_DTYPES "float16, bfloat16, float32, float64 (and bool for masks)"
-
-const char *fc_dtype_word(int32_t dtype)
-{
-    return dtypes[dtype].word;
-}
-
-int32_t fc_dtype_size(int32_t dtype)
-{
-    return dtypes[dtype].bytes;
-}
-
-int fc_dtype_to_dl(int32_t dtype, dl_dtype *out)
-{
-    *out = dtypes[dtype].dl;
-    return 0;
-}
-
-PyObject *fc_interop(fc_state *state, const char *function)
-{
-    if (state->interop == NULL) {
-        state->interop = PyImport_ImportModule("flashcore._interop");
-        if (state->interop == NULL) return NULL;
-    }
-    return PyObject_GetAttrString(state->interop, function);
-}
 
 /* ---- which protocol ---- */
 
@@ -165,11 +126,8 @@ int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind)
 
 static int describe_dtype(fc_array *array, dl_dtype dtype)
 {
-    for (int32_t i = 1; i < NUM_DTYPES; i++)
-        if (dtypes[i].dl.code == dtype.code && dtypes[i].dl.bits == dtype.bits && dtype.lanes == 1) {
-            array->dtype = i;
-            return 0;
-        }
+    array->dtype = fc_dtype_from_dl(dtype);
+    if (array->dtype != FC_NONE) return 0;
     static const char *const words[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
     PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: " ALLOWED_DTYPES,
                  array->name, dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
