@@ -62,10 +62,11 @@ bench: build $(VENV)/.test
 bench-cpu: build $(VENV)/.test
 	$(BIN)/python benchmarks cpu
 
-#   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU
+#   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU (torch's allocator would hide overruns)
 sanitize: build $(VENV)/.test
 	for tool in memcheck racecheck initcheck synccheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -P -m pytest tests -m "gpu and sanitize" -q || exit 1; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(BIN)/python -P -m pytest tests -m "gpu and sanitize" -q -o timeout=0 || exit 1; \
 	done
 
 #   make asan        the tests of importers, refusals and semantics under AddressSanitizer and UBSan
