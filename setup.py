@@ -117,6 +117,10 @@ class Cuda:
     static_runtime: Path
     archs: tuple[str, ...]  # "80", "90a", "75+PTX"
 
+    def defines(self) -> list[str]:
+        """What kernels.h must know: rows of variants.def for sm_90a alone exist only where that is a target."""
+        return ["-DFC_WITH_CUDA=1", *(["-DFC_BUILD_90A=1"] if "90a" in self.archs else [])]
+
     @property
     def toolkit(self) -> tuple[str, str]:
         return str(self.nvcc.parent.parent), f"CUDA-{self.version}"
@@ -290,7 +294,7 @@ def c_compiles(compiler: list[str], temp: Path, cuda: Cuda | None) -> Iterable[C
             if platform.machine() in ("x86_64", "AMD64"):
                 flags += ISA_FLAGS.get(source.name, [])
         if cuda:
-            flags += ["-DFC_WITH_CUDA=1", f'-DFC_CUDA_ARCHS="{" ".join(cuda.archs)}"', f"-I{cuda.include}"]
+            flags += [*cuda.defines(), f'-DFC_CUDA_ARCHS="{" ".join(cuda.archs)}"', f"-I{cuda.include}"]
         output = temp / f"{source.parent.name}_{source.stem}.o"
         yield Compile(
             str(source.relative_to(ROOT)),
@@ -322,7 +326,7 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
             *INCLUDES,
         ]
         command += [
-            "-DFC_WITH_CUDA=1",
+            *cuda.defines(),
             *variant.defines(),
             "--expt-relaxed-constexpr",
             "-Xptxas",

@@ -8,7 +8,7 @@
 #include "internal.h"
 
 /* The longest message names two shapes and a rule; a longer one is cut, never overrun. */
-static _Thread_local char last_error[1024];
+static _Thread_local char last_error[2048];
 
 fc_status fc_fail(fc_status status, const char *format, ...)
 {

@@ -41,7 +41,7 @@ typedef struct fc_kernel {
     int32_t head_dim; /* the largest it serves */
     int32_t block_m, block_n, threads;
     const char *arch; /* CUDA: least compute capability, "75", or "90a": that one alone; CPU: least isa */
-    const char *mask; /* "any", "full", "causal", "general" */
+    const char *mask; /* "any", "full", "band", "general" */
 } fc_kernel;
 extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;

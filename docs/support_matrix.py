@@ -13,20 +13,22 @@ BEGIN, END = "<!-- support matrix: docs/support_matrix.py --write -->\n", "<!-- 
 
 
 def matrix() -> str:
-    """A row per family, dtypes and masks: the largest head_dim it serves and the GPUs it runs on."""
-    rows: dict[tuple[str, str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    """A row per family: dtypes, masks, the largest head_dim it serves and the GPUs it runs on."""
+    rows: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    masks: dict[str, set[str]] = defaultdict(set)
     for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M):
         family, dtype, head_dim, mask, _block_m, _block_n, _threads, arch = (
             column.strip() for column in row.split(",")
         )
-        rows[family, mask, arch][dtype].append(int(head_dim))
+        rows[family, arch][dtype].append(int(head_dim))
+        masks[family].add(mask)
     lines = ["| kernel | runs on | dtypes | head_dim | options |", "|---|---|---|---|---|"]
-    for (family, mask, arch), dtypes in rows.items():
+    for (family, arch), dtypes in rows.items():
         where = f"sm_{arch} alone" if arch.endswith("a") else f"sm_{arch} and later"
         most = max(max(dims) for dims in dtypes.values())
         lines.append(
             f"| {family} | NVIDIA GPUs, {where} | {', '.join(dtypes)} | 1 to {most} "
-            f"| {'all' if mask == 'any' else mask} |"
+            f"| {'all' if masks[family] in ({'any'}, {'full', 'band', 'general'}) else ', '.join(masks[family])} |"
         )
     for isa in ("AVX-512", "AVX2", "baseline"):
         lines.append(

@@ -85,17 +85,19 @@ class Kernel:
     usable: bool  # on this machine
 
     @staticmethod
-    def _of(name: str, isa: int, has_gpu: bool) -> Kernel:
+    def _of(name: str, isa: int, capabilities: set[int]) -> Kernel:
         family = name.partition("_")[0]
-        if family != "cpu":
-            return Kernel(name, family, "cuda", has_gpu)
-        return Kernel(name, family, "cpu", {"baseline": 0, "avx2": 1, "avx512": 2}[name.removeprefix("cpu_")] <= isa)
+        if family == "cpu":
+            usable = {"baseline": 0, "avx2": 1, "avx512": 2}[name.removeprefix("cpu_")] <= isa
+            return Kernel(name, family, "cpu", usable)
+        return Kernel(name, family, "cuda", 90 in capabilities if family == "hopper" else bool(capabilities))
 
 
 def kernels() -> list[Kernel]:
     """The kernels of this build, in the planner's order, and which of them this machine can run."""
-    isa, has_gpu = _device("cpu")["isa"], _cuda_devices()[0] > 0
-    return [Kernel._of(name, isa, has_gpu) for name in _kernel_names()]
+    isa = _device("cpu")["isa"]
+    capabilities = {_device("cuda", i)["compute_capability"] for i in range(_cuda_devices()[0])}
+    return [Kernel._of(name, isa, capabilities) for name in _kernel_names()]
 
 
 def library_path() -> str:

@@ -163,7 +163,9 @@ typedef struct fc_plan {
     int32_t num_splits;       /* ways the keys of one row are divided; 1: not */
     int32_t num_threads;      /* CPU threads, or CUDA threads per block */
     uint32_t slow;            /* FC_SLOW_* bits */
-    int64_t grid;             /* tiles: thread blocks on a GPU, tasks on the CPU */
+    int64_t grid;             /* tiles of the output: tasks on the CPU */
+    int64_t num_blocks;       /* thread blocks that share the tiles on a GPU; 0 on the CPU */
+    int64_t heads_at_once;    /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */

@@ -45,8 +45,16 @@ typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_plan *p
 #pragma GCC visibility push(hidden)
 #endif
 #ifdef FC_WITH_CUDA
+/* A row for one architecture alone exists where that is among the build's targets (setup.py defines FC_BUILD_90A). */
+#define FC_IF_BUILT_75(...) __VA_ARGS__
+#ifdef FC_BUILD_90A
+#define FC_IF_BUILT_90a(...) __VA_ARGS__
+#else
+#define FC_IF_BUILT_90a(...)
+#endif
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    int fc_##family##_forward_##dtype##_d##head_dim##_##mask(const fc_forward_args *, const fc_plan *, void *, void *);
+    FC_IF_BUILT_##arch(int fc_##family##_forward_##dtype##_d##head_dim##_##mask(const fc_forward_args *,               \
+                                                                                const fc_plan *, void *, void *);)
 #include "variants.def"
 #undef FC_VARIANT
 #endif

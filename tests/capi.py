@@ -81,6 +81,8 @@ class Plan(ctypes.Structure):
         ("num_threads", ctypes.c_int32),
         ("slow", ctypes.c_uint32),
         ("grid", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
+        ("heads_at_once", ctypes.c_int64),
     ]
 
 

@@ -151,7 +151,7 @@ def _sprinkle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _key_lengths(rng: np.random.Generator, shape: Shape) -> Array:
-    lengths = rng.integers(1, shape[3] + 1, size=(shape[0], 1, 1, 1))
+    lengths = rng.integers(min(1, shape[3]), shape[3] + 1, size=(shape[0], 1, 1, 1))
     return np.arange(shape[3]) < lengths
 
 
@@ -256,8 +256,8 @@ def expected(case: Case, dtype: np.dtype[Any]) -> Expected:
 CAUSAL = {"is_causal": True}
 LOWER_RIGHT = {"is_causal": "lower_right"}
 
-# Tiles are 64 or 128 rows by 32 to 128 keys: lengths around those, and one with no factor in common with any.
-EDGES = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257)
+# Tiles are 64 to 192 rows by 32 to 176 keys: lengths around those, and one with no factor in common with any.
+EDGES = (31, 32, 33, 63, 64, 65, 79, 81, 127, 128, 129, 175, 177, 191, 193, 255, 257)
 HEAD_DIMS = (1, 2, 7, 8, 16, 31, 32, 40, 63, 64, 65, 72, 80, 96, 127, 128, 129, 160, 192, 224, 255, 256)
 
 _LIST = [
@@ -357,10 +357,27 @@ _LIST = [
         options={"softcap": 3.0, "window": (60, None), "is_causal": True, "diagonal": 50, "scale": 0.2},
         sanitize=True,
     ),
+    Case(
+        "everything_aligned",  # every row at whole 16 bytes, as copy engines want it
+        num_heads_q=6,
+        seqlen_q=75,
+        seqlen_k=140,
+        head_dim=72,
+        head_dim_v=40,
+        mask="bool",
+        alibi=True,
+        sinks=True,
+        strides_q="heads_inside",
+        strides_kv="padded_16",
+        options={"softcap": 3.0, "window": (60, None), "is_causal": True, "diagonal": 50, "scale": 0.2},
+        sanitize=True,
+    ),
+    Case("band_many_tiles", batch=1, seqlen_q=500, seqlen_k=420, options={"window": (150, 40), "diagonal": -30}),
     # values
     Case("huge_scores", values="huge", seqlen_k=200),
     Case("huge_scores_causal", values="huge", options=CAUSAL),
     Case("dominant_key", values="dominant", seqlen_q=20, seqlen_k=300, head_dim=32),
+    Case("dominant_key_softcap", values="dominant", seqlen_q=20, seqlen_k=300, options={"softcap": 50.0}),
     # nothing there
     Case("no_batch", batch=0),
     Case("no_heads", num_heads_q=0, num_heads_kv=0),

@@ -85,9 +85,7 @@ def _formula(
     if layout == "bshd":
         query, key, value = (x.swapaxes(-3, -2) if x.ndim > 2 else x for x in (query, key, value))
     query, key, value = (x.astype(work) for x in (query, key, value))
-    if query.ndim > 2 and key.shape[-3] not in (0, query.shape[-3]):
-        group = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat(group, axis=-3) for x in (key, value))
+    key, value = (_repeat_heads(query, x) for x in (key, value))
     seqlen_q, head_dim = query.shape[-2:]
     seqlen_k = key.shape[-2]
     if scale is None:
@@ -124,6 +122,13 @@ def _formula(
     return (out.swapaxes(-3, -2) if layout == "bshd" and out.ndim > 2 else out), lse
 
 
+def _repeat_heads(query: Array, x: Array) -> Array:
+    """Key or value as often as its heads serve a query head."""
+    if query.ndim == 2 or x.shape[-3] in (0, query.shape[-3]):
+        return x
+    return x.repeat(query.shape[-3] // x.shape[-3], axis=-3)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a call must give, and how far from it is still right."""
@@ -146,11 +151,13 @@ class Expected:
 def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -> Expected:
     """The oracle's answer with its error bounds.
 
-    bound = 2 x the error of `rounded` + 8 eps x the largest |v|, capped at half of the largest |out|.
+    bound = 2 x the error of `rounded` + eps x (8 + the largest |scale q.k| / 2) x the largest |v|, capped at half of
+    the largest |out|.
 
     The term in eps, that of the sums (float32's, or float64's), is for cases so small that `rounded` is lucky: an
     exponential good to 2 units in the last place for each of numerator and denominator, a division and a product
-    are 6 roundings, and 2 more are the order of summation. The cap is for scores so large that rounding them to
+    are 6 roundings, and 2 more are the order of summation. A score is rounded by eps / 2 of itself, and two that are
+    off by so much in opposite directions move what is between their values by up to half of eps times it. The cap is for scores so large that rounding them to
     the precision loses the answer: a result of zeros never passes.
 
     lse has no cap but two more terms, eps |lse| and eps times the largest product of norms |scale| |q_i| |k_j|: each
@@ -165,10 +172,16 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
     _, rough_lse = rounded(*wide, *args, **options)
 
     eps = float(np.finfo(sums).eps)
-    out_bound = 2 * _errors(rough_out, out).max(initial=0) + 8 * eps * _largest(value)
     scale = options.get("scale")
-    norms = [_largest(np.linalg.norm(x.astype(np.float64), axis=-1)) for x in (query, key)]
-    reach = abs(query.shape[-1] ** -0.5 if scale is None else scale) * norms[0] * norms[1]
+    unit = abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    heads = [x.astype(np.float64) for x in (query, key)]
+    norms = [_largest(np.linalg.norm(x, axis=-1)) for x in heads]
+    reach = unit * norms[0] * norms[1]
+    if options.get("layout") == "bshd":
+        heads = [x.swapaxes(-3, -2) if x.ndim > 2 else x for x in heads]
+    with np.errstate(invalid="ignore"):
+        score = unit * _largest(heads[0] @ _repeat_heads(heads[0], heads[1]).swapaxes(-1, -2))
+    out_bound = 2 * _errors(rough_out, out).max(initial=0) + eps * (8 + score / 2) * _largest(value)
     size = np.where(np.isfinite(lse), np.abs(lse), 0)
     relative = (_errors(rough_lse, lse) / (1 + size)).max(initial=0)
     return Expected(

@@ -156,24 +156,26 @@ def test_device_of_another_type() -> None:
 # Words
 
 
-FULL, GENERAL, CAUSAL_WORD = "full mask", "general mask", "causal mask"
+FULL, GENERAL, BAND = "full mask", "general mask", "band mask"
 
 
 @pytest.mark.parametrize(
     "fields,word",
     [
         ({}, FULL),
-        ({"flags": CAUSAL}, CAUSAL_WORD),
-        ({"flags": CAUSAL | capi.LOWER_RIGHT, "seqlen_q": 10, "seqlen_k": 500}, CAUSAL_WORD),
+        ({"flags": CAUSAL}, BAND),
+        ({"flags": CAUSAL | capi.LOWER_RIGHT, "seqlen_q": 10, "seqlen_k": 500}, BAND),
         ({"flags": CAUSAL, "seqlen_k": 1}, FULL),  # nothing is hidden
         ({"flags": CAUSAL | capi.LOWER_RIGHT, "seqlen_q": 1}, FULL),  # decoding
         ({"flags": CAUSAL, "diagonal": 2**60}, FULL),
-        ({"flags": capi.WINDOW_RIGHT, "window_right": 0}, CAUSAL_WORD),
-        ({"flags": capi.WINDOW_LEFT, "window_left": 5}, GENERAL),
-        ({"flags": capi.WINDOW_LEFT | CAUSAL, "window_left": 5}, GENERAL),
+        ({"flags": capi.WINDOW_RIGHT, "window_right": 0}, BAND),
+        ({"flags": capi.WINDOW_LEFT, "window_left": 5}, BAND),
+        ({"flags": capi.WINDOW_LEFT | CAUSAL, "window_left": 5}, BAND),
         ({"flags": capi.WINDOW_LEFT, "window_left": 511}, FULL),
         ({"flags": capi.WINDOW_LEFT, "window_left": 2**62}, FULL),
         ({"softcap": 5.0}, GENERAL),
+        ({"flags": capi.SCALE, "scale": -1.0}, GENERAL),  # turns maxima into minima
+        ({"flags": capi.SCALE, "scale": 0.0}, GENERAL),
         ({"diagonal": 7}, FULL),  # a diagonal hides nothing by itself
     ],
     ids=str,
@@ -297,13 +299,291 @@ def test_every_row_of_variants_is_a_kernel() -> None:
 @pytest.mark.parametrize("index", range(len(CUDA_KERNELS)), ids=lambda i: CUDA_KERNELS[i])
 def test_every_cuda_kernel_can_be_forced(index: int) -> None:
     _, dtype, head_dim, mask = CUDA_KERNELS[index].split("_")[:4]
-    flags = CAUSAL if mask == "causal" else 0
+    flags = CAUSAL if mask == "band" else 0
     problem = capi.shapes_only(
         dtype=capi.DTYPES[dtype], head_dim=int(head_dim[1:]), head_dim_v=int(head_dim[1:]), flags=flags,
         kernel=CUDA_KERNELS[index].encode(), softcap=1.0 if mask == "general" else 0.0,
     )  # fmt: skip
     plans = [capi.plan(problem, capi.gpu_device(c)) for c in (75, 80, 86, 89, 90, 100, 120)]
     assert any(status == OK and name_of(plan) == CUDA_KERNELS[index] for status, plan in plans)
+
+
+# Hopper's own family
+
+
+HOPPER_KERNELS = [name for name in CUDA_KERNELS if name.startswith("hopper_")]
+HOPPER = capi.gpu_device(90)
+SLOW_NO_FAST_KERNEL = 1
+INPUTS = ("query", "key", "value")
+
+needs_hopper_build = pytest.mark.skipif(not HOPPER_KERNELS, reason="this build has no kernels for sm_90a")
+
+
+def family_of(problem: Problem, device: capi.Device = HOPPER) -> str:
+    status, plan = capi.plan(problem, device)
+    assert status == OK, capi.last_error()
+    return name_of(plan).partition("_")[0]
+
+
+def with_tensor(problem: Problem, name: str, dtype: int = FLOAT32) -> Problem:
+    setattr(problem, name, capi.Tensor(None, (ctypes.c_int64 * 4)(), dtype, 0))
+    return problem
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("dtype,word", [(FLOAT16, "float16"), (BFLOAT16, "bfloat16")])
+@pytest.mark.parametrize("head_dim,head_dim_v", [(8, 8), (64, 64), (72, 8), (8, 72), (128, 128), (136, 8), (192, 256)])
+@pytest.mark.parametrize("mask,fields", [("full", {}), ("band", {"flags": CAUSAL}), ("general", {"softcap": 5.0})])
+def test_hopper_takes_the_least_row(
+    mask: str, fields: dict[str, Any], head_dim: int, head_dim_v: int, dtype: int, word: str
+) -> None:
+    rows = [int(name.split("_")[2][1:]) for name in HOPPER_KERNELS if f"_{word}_" in name and name.endswith(mask)]
+    row = min(dim for dim in rows if dim >= max(head_dim, head_dim_v))
+    for forced in (None, b"hopper"):
+        problem = capi.shapes_only(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, kernel=forced, **fields)
+        status, plan = capi.plan(problem, HOPPER)
+        assert status == OK
+        assert name_of(plan) == f"hopper_{word}_d{row}_{mask}"
+        assert plan.slow == 0
+        assert plan.workspace_bytes == 0
+
+
+@needs_hopper_build
+@pytest.mark.parametrize(
+    "fields,mask",
+    [
+        ({}, "full"),
+        ({"diagonal": 7}, "full"),
+        ({"flags": CAUSAL | capi.LOWER_RIGHT, "seqlen_q": 1}, "full"),
+        ({"seqlen_k": 0}, "full"),
+        ({"flags": capi.SCALE, "scale": 1e-3}, "full"),
+        ({"flags": capi.SCALE, "scale": 100.0}, "full"),
+        ({"flags": CAUSAL}, "band"),
+        ({"flags": CAUSAL | capi.SCALE, "scale": 2.0}, "band"),
+        ({"flags": CAUSAL, "diagonal": -600}, "band"),  # no row sees a key
+        ({"flags": capi.WINDOW_LEFT | capi.WINDOW_RIGHT, "window_left": 0, "window_right": 0}, "band"),
+        ({"softcap": 1e-3}, "general"),
+        ({"flags": CAUSAL, "softcap": 1.0}, "general"),
+        ({"flags": capi.SCALE, "scale": 0.0}, "general"),
+        ({"flags": capi.SCALE, "scale": -1e-300}, "general"),
+        ({"flags": capi.SCALE | CAUSAL, "scale": -1.0}, "general"),
+    ],
+    ids=str,
+)
+def test_hopper_mask(fields: dict[str, Any], mask: str) -> None:
+    status, plan = capi.plan(capi.shapes_only(**fields), HOPPER)
+    assert status == OK
+    assert name_of(plan) == f"hopper_float16_d64_{mask}"
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("flags", [0, CAUSAL])
+@pytest.mark.parametrize(
+    "name,dtype",
+    [("attn_mask", capi.BOOL), ("attn_mask", FLOAT16), ("attn_mask", FLOAT32), ("sinks", FLOAT32),
+     ("alibi_slopes", FLOAT16)],
+)  # fmt: skip
+def test_hopper_operands(name: str, dtype: int, flags: int) -> None:
+    status, plan = capi.plan(with_tensor(capi.shapes_only(flags=flags), name, dtype), HOPPER)
+    assert status == OK
+    assert name_of(plan) == "hopper_float16_d64_general"
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 100, 103, 120])
+def test_no_other_gpu_gets_hoppers_kernels(capability: int) -> None:
+    """An 'a' target runs on exactly that one, not on what comes later."""
+    device = capi.gpu_device(capability)
+    status, plan = capi.plan(capi.shapes_only(), device)
+    if status == OK:
+        assert not name_of(plan).startswith("hopper")
+        assert plan.slow == 0, "the portable family is all that this GPU has"
+    status, _ = capi.plan(capi.shapes_only(kernel=b"hopper"), device)
+    assert status in (INVALID, UNSUPPORTED)
+
+
+@needs_hopper_build
+def test_float32_on_hopper() -> None:
+    status, plan = capi.plan(capi.shapes_only(dtype=FLOAT32), HOPPER)
+    assert (status, name_of(plan)) == (OK, "portable_float32_d64_any")
+    assert plan.slow == SLOW_NO_FAST_KERNEL
+    words = describe(capi.shapes_only(dtype=FLOAT32), HOPPER)
+    assert "no faster kernel serves float32" in words
+    assert "aligned" not in words, "strides are not the reason"
+    assert capi.plan(capi.shapes_only(dtype=FLOAT32, kernel=b"hopper"), HOPPER)[0] == UNSUPPORTED
+    assert "float32" in capi.last_error()
+
+
+def _stride(axis: int, step: int) -> Any:
+    def change(tensor: capi.Tensor) -> None:
+        tensor.strides[axis] = step
+
+    return change
+
+
+def _address(address: int) -> Any:
+    def change(tensor: capi.Tensor) -> None:
+        tensor.data = address
+
+    return change
+
+
+UNREADABLE = {
+    "address": _address(0x10008),
+    "odd_rows": _stride(2, 68),
+    "odd_heads": _stride(1, 512 * 64 + 4),
+    "odd_batch": _stride(0, 8 * 512 * 64 + 1),
+    "backwards": _stride(2, -64),
+    "backward_heads": _stride(1, -512 * 64),
+    "columns": _stride(3, 512),
+    "every_second": _stride(3, 2),
+    "one_column_repeated": _stride(3, 0),
+    "backward_columns": _stride(3, -1),
+    "too_far": _stride(0, 2**39),  # elements: 2^40 bytes
+}
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_what_hopper_cannot_read(how: str, name: str) -> None:
+    problem = capi.shapes_only()
+    UNREADABLE[how](getattr(problem, name))
+    status, plan = capi.plan(problem, HOPPER)
+    assert (status, name_of(plan)) == (OK, "portable_float16_d64_any")
+    assert plan.slow == SLOW_NO_FAST_KERNEL
+    reason = "last dimension is contiguous", "multiples of 8 elements", "aligned to 16 bytes"
+    assert all(part in describe(problem, HOPPER) for part in reason)
+    problem.kernel = b"portable"
+    assert capi.plan(problem, HOPPER)[1].slow == 0, "what is asked for is not slow"
+    for forced in (b"hopper", b"hopper_float16_d64_full"):
+        problem.kernel = forced
+        assert capi.plan(problem, HOPPER)[0] == UNSUPPORTED
+        assert all(part in capi.last_error() for part in reason)
+        assert "no kernel on" in capi.last_error()
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize(
+    "change",
+    [_address(0x10010), _stride(2, 72), _stride(2, 0), _stride(1, 0), _stride(0, 0), _stride(1, 8), _stride(0, 2**38)],
+)
+def test_what_hopper_can_read(change: Any, name: str) -> None:
+    problem = capi.shapes_only()
+    change(getattr(problem, name))
+    assert family_of(problem) == "hopper"
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("stride", [0, 1, 3, -5])
+def test_strides_of_single_things_mean_nothing(stride: int) -> None:
+    """A dimension of size 1 is never stepped over."""
+    problem = capi.shapes_only(batch=1, num_heads_q=1, num_heads_kv=1, seqlen_q=1, seqlen_k=1, head_dim=1, head_dim_v=1)
+    for name in INPUTS:
+        for axis in range(4):
+            getattr(problem, name).strides[axis] = stride
+    assert family_of(problem) == "hopper"
+
+
+@needs_hopper_build
+def test_out_may_have_any_strides_on_hopper() -> None:
+    problem = capi.shapes_only()
+    problem.out.data = 0x10002
+    problem.out.strides = (ctypes.c_int64 * 4)(8 * 512 * 200, 512 * 200, 200, 3)
+    assert family_of(problem) == "hopper"
+
+
+@needs_hopper_build
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_dim": 12},  # packed rows that do not begin at whole 16 bytes
+        {"head_dim_v": 1},
+        {"seqlen_k": 2**31 - 1, "num_heads_q": 1, "num_heads_kv": 1, "batch": 1},  # beyond a coordinate
+        {"batch": 2**20, "num_heads_q": 2**10, "num_heads_kv": 1, "seqlen_q": 1000},  # beyond a tile's number
+    ],
+    ids=str,
+)
+def test_shapes_that_hopper_leaves_to_portable(fields: dict[str, int]) -> None:
+    assert family_of(capi.shapes_only(**fields)) == "portable"
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("mask", ["full", "band"])
+@pytest.mark.parametrize("num_sms", [1, 2, 114, 132])
+@pytest.mark.parametrize("batch,heads,seqlen_q", [(1, 1, 1), (1, 8, 100), (2, 8, 512), (40, 8, 130), (3, 1, 70000)])
+def test_hopper_blocks(batch: int, heads: int, seqlen_q: int, num_sms: int, mask: str) -> None:
+    problem = capi.shapes_only(
+        batch=batch, num_heads_q=heads, num_heads_kv=heads, seqlen_q=seqlen_q, flags=CAUSAL * (mask == "band"),
+        kernel=f"hopper_float16_d64_{mask}".encode(), diagonal=-1 if mask == "band" else 0,
+    )  # fmt: skip
+    status, plan = capi.plan(problem, capi.gpu_device(90, num_sms))
+    assert status == OK
+    assert plan.grid == batch * heads * -(-seqlen_q // plan.block_m)
+    assert plan.num_blocks == min(plan.grid, num_sms)
+    assert 1 <= plan.heads_at_once <= batch * heads
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("fields", [{"batch": 0}, {"seqlen_q": 0}, {"num_heads_q": 0, "num_heads_kv": 0}], ids=str)
+def test_hopper_without_tiles(fields: dict[str, int]) -> None:
+    status, plan = capi.plan(capi.shapes_only(**fields), HOPPER)
+    assert (status, plan.grid, plan.num_blocks) == (OK, 0, 0)
+
+
+@needs_hopper_build
+@pytest.mark.parametrize(
+    "fields,heads",
+    [
+        # without a mask: the heads that share keys
+        ({}, 1),
+        ({"num_heads_kv": 2}, 4),
+        ({"batch": 100, "num_heads_kv": 1}, 8),
+        # with one: half as many as multiprocessors, whose keys and values fit in the L2 cache of 50 MiB
+        ({"flags": CAUSAL}, 16),  # no more there
+        ({"flags": CAUSAL, "batch": 100}, 66),
+        ({"softcap": 1.0, "batch": 100}, 66),
+        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 2048}, 66),  # 66 * 512 KiB
+        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 4096}, 33),  # 66 * 1 MiB
+        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 4096, "num_heads_kv": 2}, 66),  # 16 kv heads' * 1 MiB
+        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 16384, "num_heads_kv": 2}, 33),
+        ({"flags": CAUSAL, "batch": 2, "seqlen_k": 16384}, 16),
+    ],
+    ids=str,
+)
+def test_hopper_heads_at_once(fields: dict[str, Any], heads: int) -> None:
+    status, plan = capi.plan(capi.shapes_only(**fields), HOPPER)
+    assert status == OK
+    assert name_of(plan).startswith("hopper")
+    assert plan.heads_at_once == heads
+
+
+@needs_cuda_build
+def test_portable_blocks() -> None:
+    status, plan = capi.plan(capi.shapes_only(batch=1000, kernel=b"portable"), _some_gpu())
+    assert (status, plan.num_blocks, plan.heads_at_once) == (OK, plan.grid, 0)
+    status, plan = capi.plan(
+        capi.shapes_only(batch=2**20, num_heads_q=2**10, num_heads_kv=1, kernel=b"portable"), _some_gpu()
+    )
+    assert (status, plan.num_blocks) == (OK, 2**31 - 1), "more than a grid takes"
+
+
+@needs_hopper_build
+def test_a_forced_tile_on_hopper() -> None:
+    status, plan = capi.plan(capi.shapes_only(), HOPPER)
+    assert status == OK
+    same = capi.shapes_only(block_m=plan.block_m, block_n=plan.block_n)
+    assert name_of(capi.plan(same, HOPPER)[1]) == name_of(plan)
+    assert capi.plan(capi.shapes_only(block_m=8, kernel=b"hopper"), HOPPER)[0] == INVALID
+    assert f"({plan.block_m}, {plan.block_n})" in capi.last_error()
+
+
+@needs_hopper_build
+def test_hopper_in_words() -> None:
+    words = describe(capi.shapes_only(flags=CAUSAL), HOPPER)
+    assert words.startswith("hopper_float16_d64_band on a GPU by hand (sm_90)")
+    assert "it is the first that serves float16, head_dim 64/64, band mask" in words
 
 
 def test_kernel_order_is_the_planners() -> None:

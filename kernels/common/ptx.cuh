@@ -4,6 +4,9 @@
 #ifndef FC_COMMON_PTX_CUH
 #define FC_COMMON_PTX_CUH
 
+#include <cuda.h>
+#include <stdint.h>
+
 /* ex2.approx.ftz.f32 d, a;  2^a within 2 ulp, the same unit and error as exp2f. A result under 2^-126 becomes 0;
  * -inf gives 0, NaN gives NaN. */
 static __device__ __forceinline__ float ex2_approx_ftz(float a)
@@ -11,6 +14,96 @@ static __device__ __forceinline__ float ex2_approx_ftz(float a)
     float d;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
     return d;
+}
+
+/* rcp.approx.ftz.f32 d, a;  1 / a within 1 ulp. */
+static __device__ __forceinline__ float rcp_approx_ftz(float a)
+{
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+/*
+ * ---- sm_90: barriers in shared memory, the copy engine (TMA), register shares ----
+ *
+ * Shared memory is addressed by its 32-bit address in the block's own window (shared_address below).
+ */
+
+static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
+{
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+/* A barrier that completes a phase after `count` arrivals (and, with expect_tx, that many bytes). */
+static __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+/* Makes this thread's mbarrier_init visible to the copy engine, and to the other blocks of a cluster. */
+static __device__ __forceinline__ void fence_mbarrier_init()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+static __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Arrives, and keeps the phase open until copies have brought `bytes` more. */
+static __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/* Waits until the phase of this parity has completed. A new barrier counts as having completed one of parity 1. */
+static __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "retry:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra retry;\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Copies the box at (column, row, head, batch) of a tensor to shared memory; reports its bytes to the barrier. */
+static __device__ __forceinline__ void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier,
+                                                            int column, int row, int head, int batch)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+                 "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* A warpgroup's share of the block's registers, per thread. All its warps call it, at one place. */
+template <int COUNT> static __device__ __forceinline__ void setmaxnreg_inc()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> static __device__ __forceinline__ void setmaxnreg_dec()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+/* Named barriers 0 to 15 of a block (0 is __syncthreads): `threads` of them arrive, of which some also wait. */
+static __device__ __forceinline__ void bar_sync(int barrier, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+static __device__ __forceinline__ void bar_arrive(int barrier, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 #endif /* FC_COMMON_PTX_CUH */

@@ -14,6 +14,9 @@
 #define FC_JOIN(family, op, dtype, head_dim, mask)          FC_JOIN_EXPANDED(family, op, dtype, head_dim, mask)
 #define FC_NAME(op)                                         FC_JOIN(FC_FAMILY, op, FC_DTYPE, FC_HEAD_DIM, FC_MASK)
 
+/* Which calls the row serves; the words of its mask column. */
+enum class mask_class { any, full, band, general };
+constexpr mask_class MASK = mask_class::FC_MASK;
 constexpr int HEAD_DIM = FC_HEAD_DIM;
 constexpr int BLOCK_M = FC_BLOCK_M;
 constexpr int BLOCK_N = FC_BLOCK_N;

@@ -15,8 +15,7 @@
  */
 #include <cuda_runtime.h>
 
-#include <atomic>
-
+#include "common/launch.cuh"
 #include "common/mask.cuh"
 #include "common/offsets.cuh"
 #include "common/softmax.cuh"
@@ -159,12 +158,17 @@ static __device__ __forceinline__ void write_row(T::element *out_gmem, int64_t c
     }
 }
 
+struct portable_params {
+    fc_forward_args args;
+    int64_t num_tiles;
+};
+
 extern __shared__ float4 dynamic_smem[];
 
 static __global__
-__launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __grid_constant__ fc_forward_args args,
-                                                                       int64_t num_tiles)
+__launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __grid_constant__ portable_params params)
 {
+    const fc_forward_args &args = params.args;
     shared_memory &smem = *(shared_memory *)dynamic_smem;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int lane_x = lane / 2 % LANES_X;
@@ -177,7 +181,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
     const bool value_fours = fc::rows_of_fours<T>(args.value, args.head_dim_v);
     const bool out_fours = fc::rows_of_fours<T>(args.out, args.head_dim_v);
 
-    for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
         const fc::tile_position at = fc::locate_tile(args, tile, BLOCK_M);
         const fc::key_range keys(args, at.row, BLOCK_M);
 
@@ -248,28 +252,6 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
 
 extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
 {
-    /* Once per device (twice in a race does no harm): a block may pass 48 KiB of shared memory, and what is L1 or
-     * shared goes to shared, so that BLOCKS_PER_SM blocks fit. */
-    static std::atomic<uint64_t> devices_ready{0};
-    int device;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    const uint64_t bit = device < 64 ? (uint64_t)1 << device : 0;
-    if (!(devices_ready.load(std::memory_order_relaxed) & bit)) {
-        error = cudaFuncSetAttribute(FC_NAME(forward_kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     sizeof(shared_memory));
-        if (error != cudaSuccess) return error;
-        error = cudaFuncSetAttribute(FC_NAME(forward_kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared);
-        if (error != cudaSuccess) return error;
-        devices_ready.fetch_or(bit, std::memory_order_relaxed);
-    }
-
-    const int64_t most_blocks = 2147483647; /* of one grid, in x; a block takes further tiles in turn */
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(plan->grid < most_blocks ? plan->grid : most_blocks));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = sizeof(shared_memory);
-    config.stream = (cudaStream_t)stream;
-    return cudaLaunchKernelEx(&config, FC_NAME(forward_kernel), *args, plan->grid);
+    return fc::launch<FC_NAME(forward_kernel)>(plan->num_blocks, THREADS, sizeof(shared_memory), stream,
+                                               portable_params{*args, plan->grid});
 }

@@ -1,0 +1,94 @@
+/*
+ * out.cuh - from a warpgroup's finished registers to out and lse.
+ *
+ * In a wgmma result a row's neighbours lie two by two in the four lanes of a quad. The quad trades them, so that each
+ * lane gets eight in a row, which one 16-byte store writes: nothing passes through shared memory, and
+ * nothing waits. Where out's strides forbid such a store, each lane writes its own elements.
+ */
+#ifndef FC_HOPPER_OUT_CUH
+#define FC_HOPPER_OUT_CUH
+
+#include "common/offsets.cuh"
+#include "common/types.cuh"
+#include "common/variant.h"
+#include "hopper/schedule.cuh"
+#include "hopper/softmax.cuh"
+
+namespace fc {
+
+/*
+ * x[b] of lane t goes to element t of what lane b returns: a 4 x 4 transposition within each quad, in two
+ * exchanges, first between lanes that differ in bit 1, then in bit 0.
+ */
+__device__ __forceinline__ uint4 quad_transpose(uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3)
+{
+    const bool bit0 = threadIdx.x & 1, bit1 = threadIdx.x & 2;
+    const uint32_t other0 = __shfl_xor_sync(0xffffffffu, bit1 ? x0 : x2, 2);
+    const uint32_t other1 = __shfl_xor_sync(0xffffffffu, bit1 ? x1 : x3, 2);
+    const uint32_t own0 = bit1 ? x2 : x0, own1 = bit1 ? x3 : x1;
+    /* low: from lane t & 1 of the quad; high: from lane (t & 1) + 2. */
+    const uint32_t low0 = bit1 ? other0 : own0, high0 = bit1 ? own0 : other0;
+    const uint32_t low1 = bit1 ? other1 : own1, high1 = bit1 ? own1 : other1;
+    const uint32_t other_low = __shfl_xor_sync(0xffffffffu, bit0 ? low0 : low1, 1);
+    const uint32_t other_high = __shfl_xor_sync(0xffffffffu, bit0 ? high0 : high1, 1);
+    const uint32_t own_low = bit0 ? low1 : low0, own_high = bit0 ? high1 : high0;
+    return bit0 ? make_uint4(other_low, own_low, other_high, own_high)
+                : make_uint4(own_low, other_low, own_high, other_high);
+}
+
+/* row: of this thread's first one. out: not yet divided by the sums. */
+template <class T>
+__device__ __forceinline__ void write_out(float (&out)[HEAD_DIM / 2], const online_softmax &softmax, float unit_log2,
+                                          const fc_forward_args &args, const tile_work &work, int row)
+{
+    using element = typename T::element;
+    const int lane = threadIdx.x % 4;
+    const fc_tensor &to = args.out;
+    const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
+    const bool eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
+#pragma unroll
+    for (int r = 0; r < 2; r++, row += 8) {
+        float max = softmax.reference[r] * (unit_log2 / LOG2_E), shrink = 1; /* in natural units */
+        float sum = quad_sum(softmax.sum[r]);
+        const bool saw_none = sum == 0;
+        if (MASK == mask_class::general && args.sinks.dtype != FC_NONE) {
+            const float sink = head_value<T>(args.sinks, work.batch, work.head);
+            const float new_max = fmaxf(max, sink), finite = new_max == -INFINITY ? 0.0f : new_max;
+            shrink = ex2_approx_ftz((max - finite) * LOG2_E);
+            sum = sum * shrink + ex2_approx_ftz((sink - finite) * LOG2_E);
+            max = new_max;
+        }
+        if (row < args.seqlen_q && lane == 0 && args.lse.dtype != FC_NONE)
+            *row_of<float>(args.lse, work.batch, work.head, row) = sum == 0 ? -INFINITY : max + logf(sum);
+
+        const float factor = shrink * rcp_approx_ftz(sum);
+        uint32_t pairs[HEAD_DIM / 4];
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; i++) {
+            /* A row that saw no key may hold 0 * NaN. */
+            const float low = saw_none ? 0.0f : out[4 * i + 2 * r] * factor;
+            const float high = saw_none ? 0.0f : out[4 * i + 2 * r + 1] * factor;
+            pairs[i] = pack<T>(low, high);
+        }
+        element *out_row = row_of<element>(to, work.batch, work.head, row);
+        if (eights) {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 32; i++) {
+                const uint4 eight = quad_transpose(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+                const int column = 32 * i + 8 * lane;
+                if (row < args.seqlen_q && column < args.head_dim_v) *(uint4 *)(out_row + column) = eight;
+            }
+        } else if (row < args.seqlen_q) {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 8; i++) {
+                const int column = 8 * i + 2 * lane;
+                if (column < args.head_dim_v) out_row[column * to.strides[3]] = (element)pairs[i];
+                if (column + 1 < args.head_dim_v) out_row[(column + 1) * to.strides[3]] = (element)(pairs[i] >> 16);
+            }
+        }
+    }
+}
+
+} // namespace fc
+
+#endif /* FC_HOPPER_OUT_CUH */

@@ -1,0 +1,137 @@
+/*
+ * softmax.cuh - the online softmax of the two rows that a thread shares with its quad in a wgmma result.
+ *
+ * s [N / 2] holds row g in s[4 i] and s[4 i + 1], row g + 8 in s[4 i + 2] and s[4 i + 3] (wgmma.cuh). p takes the
+ * probabilities exp(score - reference), rounded to 16 bits, in pairs. A row's sum is kept per thread and joined
+ * at the end.
+ *
+ * The trick is to need no maximum. Any reference gives the same quotient as long as nothing overflows or vanishes, so a
+ * row keeps the maximum of the first tile it sees, and a later tile is weighed by it at once; only where the
+ * tile's own sum says that some score passed the reference by far is its maximum looked for, out rescaled and the tile
+ * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
+ */
+#ifndef FC_HOPPER_SOFTMAX_CUH
+#define FC_HOPPER_SOFTMAX_CUH
+
+#include <math.h>
+#include <stdint.h>
+
+#include "common/ptx.cuh"
+#include "common/types.cuh"
+
+namespace fc {
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+/* What the four lanes of a quad hold of a row, joined. */
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+/* Two float32 as one register of two 16-bit numbers, the first in the lower half. */
+template <class T> __device__ __forceinline__ uint32_t pack(float low, float high)
+{
+    uint32_t pair;
+    if constexpr (T::dtype == FC_FLOAT16) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+}
+
+struct online_softmax {
+    float reference[2]; /* in the units of s; -inf: nothing seen yet */
+    float sum[2];       /* this thread's part of the sum of exp(score - reference) */
+
+    __device__ __forceinline__ online_softmax() : reference{-INFINITY, -INFINITY}, sum{0, 0} {}
+
+    /*
+     * A tile of which all is visible. unit_log2 is (the unit of s) * log2(e), positive. NATURAL: s is in natural units
+     * and may hold float32's finfo.min, so the reference is subtracted before the multiplication.
+     */
+    template <class T, bool NATURAL, int COUNT, int OUT>
+    __device__ __forceinline__ void step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
+                                         float unit_log2)
+    {
+        float tile_sum[2];
+        weigh<T, NATURAL>(s, p, tile_sum, reference, unit_log2);
+        /* False for NaN, too, and for a row that has seen nothing, whose reference is -inf. */
+        const bool sums_fit = tile_sum[0] < MOST && tile_sum[1] < MOST;
+        const bool rounds_well = fmaxf(fabsf(reference[0]), fabsf(reference[1])) * unit_log2 < LARGE;
+        if (__all_sync(0xffffffffu, sums_fit && (NATURAL || rounds_well))) {
+            sum[0] += tile_sum[0];
+            sum[1] += tile_sum[1];
+        } else {
+            step_with_maximum<T, NATURAL>(s, p, out, unit_log2);
+        }
+    }
+
+    /* The classical step: for a row's first tile, for tiles with hidden scores, and where step() overflows. */
+    template <class T, bool NATURAL, int COUNT, int OUT>
+    __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
+                                                      float (&out)[OUT], float unit_log2)
+    {
+        float shrink[2], tile_sum[2], finite[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float even = s[2 * r], odd = s[2 * r + 1];
+#pragma unroll
+            for (int i = 4; i < COUNT; i += 4) {
+                even = fmaxf(even, s[i + 2 * r]);
+                odd = fmaxf(odd, s[i + 2 * r + 1]);
+            }
+            const float next = fmaxf(reference[r], quad_max(fmaxf(even, odd)));
+            finite[r] = next == -INFINITY ? 0.0f : next; /* so that -inf - -inf hides, too */
+            shrink[r] = ex2_approx_ftz((reference[r] - finite[r]) * unit_log2);
+            reference[r] = next;
+        }
+        weigh<T, true>(s, p, tile_sum, finite, unit_log2);
+#pragma unroll
+        for (int r = 0; r < 2; r++) sum[r] = fmaf(sum[r], shrink[r], tile_sum[r]);
+#pragma unroll
+        for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
+    }
+
+  private:
+    /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. */
+    static constexpr float MOST = 16384;
+    /* One fused multiply-add gives x * unit - reference * unit, but with the rounding of the latter, 2^-25 of it: up to
+     * here less than what rounding p costs. Rows beyond subtract first, always, as step_with_maximum() does. */
+    static constexpr float LARGE = 4096;
+
+    /* p = exp(unit * (s - subtract)) and its sums. SUBTRACT_FIRST: exact also where the products are large. */
+    template <class T, bool SUBTRACT_FIRST, int COUNT>
+    static __device__ __forceinline__ void weigh(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
+                                                 float (&tile_sum)[2], const float (&subtract)[2], float unit_log2)
+    {
+        const float offset[2] = {subtract[0] * unit_log2, subtract[1] * unit_log2};
+        float first[2] = {}, second[2] = {}; /* two chains: a warp is alone on its scheduler with their latency */
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+            const int r = i / 2 % 2;
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                x[e] = ex2_approx_ftz(SUBTRACT_FIRST ? (s[i + e] - subtract[r]) * unit_log2
+                                                     : fmaf(s[i + e], unit_log2, -offset[r]));
+            }
+            first[r] += x[0];
+            second[r] += x[1];
+            p[i / 2] = pack<T>(x[0], x[1]);
+        }
+        tile_sum[0] = first[0] + second[0];
+        tile_sum[1] = first[1] + second[1];
+    }
+};
+
+} // namespace fc
+
+#endif /* FC_HOPPER_SOFTMAX_CUH */

@@ -1,0 +1,67 @@
+/*
+ * tensor_map.cuh - what the copy engine must know of an array, encoded on the host.
+ *
+ * A map has four dimensions, (column, row, head, batch), and moves boxes of 64 columns (128 bytes, the span of the
+ * swizzle) by some rows. What a box covers outside the array arrives as zeros, so sequence ends and a
+ * head_dim below the kernel's are padded on the way, and nothing behind them is ever read.
+ */
+#ifndef FC_HOPPER_TENSOR_MAP_CUH
+#define FC_HOPPER_TENSOR_MAP_CUH
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "kernels.h"
+
+namespace fc {
+
+using tensor_map_encoder = decltype(&cuTensorMapEncodeTiled);
+
+/* The driver's function, by name: the library links to no driver, so that it loads where there is none. */
+static cudaError_t find_tensor_map_encoder(tensor_map_encoder *encoder)
+{
+    static std::atomic<tensor_map_encoder> found{nullptr};
+    *encoder = found.load(std::memory_order_relaxed);
+    if (*encoder != nullptr) return cudaSuccess;
+    void *entry = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess || entry == nullptr) return cudaErrorSymbolNotFound;
+    *encoder = (tensor_map_encoder)entry;
+    found.store(*encoder, std::memory_order_relaxed);
+    return cudaSuccess;
+}
+
+/* dtype: FC_FLOAT16 or FC_BFLOAT16. The planner has seen to the strides: of whole 16 bytes, none negative. */
+static cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, int64_t columns, int64_t rows,
+                                   int64_t heads, int64_t batch, int box_rows)
+{
+    tensor_map_encoder encode;
+    const cudaError_t error = find_tensor_map_encoder(&encode);
+    if (error != cudaSuccess) return error;
+    const cuuint64_t sizes[4] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)heads, (cuuint64_t)batch};
+    cuuint64_t stride_bytes[3];
+    for (int i = 0; i < 3; i++) {
+        const bool one = sizes[3 - i] == 1; /* its stride means nothing and may be anything */
+        stride_bytes[2 - i] = one ? 16 : (cuuint64_t)tensor.strides[i] * 2;
+    }
+    const cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    const CUresult result =
+        encode(map, tensor.dtype == FC_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+               tensor.data, sizes, stride_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+} // namespace fc
+
+#endif /* FC_HOPPER_TENSOR_MAP_CUH */
