@@ -43,6 +43,7 @@
 #define adjust_score  FC_CPU_NAME(adjust_score)
 #define hide_score    FC_CPU_NAME(hide_score)
 #define softmax       FC_CPU_NAME(softmax)
+#define clear_output  FC_CPU_NAME(clear_output)
 #define rescale       FC_CPU_NAME(rescale)
 #define score_run     FC_CPU_NAME(score_run)
 #define weigh_run     FC_CPU_NAME(weigh_run)
@@ -107,6 +108,7 @@ typedef struct tile {
     int64_t all_end[GRANULES];
     bool few_rows;                   /* lanes of the scores run along d */
     bool mask_is_uniform;            /* one row of the mask serves the whole tile */
+    bool has_output;                 /* there is something in `out` to add to */
     real offset[BLOCK_M];            /* position - position[0] */
     real slope[BLOCK_M];             /* ALiBi */
     real max[BLOCK_M], sum[BLOCK_M]; /* of the softmax so far */
@@ -178,7 +180,7 @@ static void start_rows(tile *t)
         if (slopes->dtype != FC_NONE)
             load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
     }
-    memset(t->out, 0, (size_t)(t->rows * t->out_stride) * sizeof(real));
+    t->has_output = false;
 }
 
 /* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
@@ -302,6 +304,12 @@ FC_INLINE vec hide_score(const tile *t, vec score, int64_t j, int64_t row)
     return select_lanes((offset >= least) & (offset <= most), score, broadcast((real)-INFINITY));
 }
 
+static void clear_output(tile *t)
+{
+    memset(t->out, 0, (size_t)(t->rows * t->out_stride) * sizeof(real));
+    t->has_output = true;
+}
+
 /* out *= factor for LANES rows, of those that are real. */
 static void rescale(const tile *t, int64_t row, vec factor)
 {
@@ -326,12 +334,12 @@ static void softmax(tile *t, real *score, int64_t count, int64_t row)
         sum += p;
     }
 
-    /* Nothing to rescale where no maximum moved, or in the first block, where nothing was summed. */
+    /* Nothing to rescale where no maximum moved, or where nothing was summed. */
     vec old_sum = load(t->sum + row), nothing = {0};
     if (memcmp(&old_max, &new_max, sizeof(vec)) != 0 && memcmp(&old_sum, &nothing, sizeof(vec)) != 0) {
         vec factor = exp_lanes(old_max - base);
         old_sum *= factor;
-        rescale(t, row, factor);
+        if (t->has_output) rescale(t, row, factor);
     }
     store(t->sum + row, old_sum + sum);
 }
@@ -349,13 +357,14 @@ static void score_run(const tile *t, const struct run *run, int64_t begin, const
                  score, BLOCK_M, false);
 }
 
-/* out += probability * value, likewise. */
-static void weigh_run(const tile *t, const struct run *run, int64_t begin, const real *value, int64_t value_stride)
+/* out = or += probability * value, likewise. */
+static void weigh_run(tile *t, const struct run *run, int64_t begin, const real *value, int64_t value_stride)
 {
     int64_t keys = run->end - run->begin, first = run->begin - begin;
     const real *probability = t->score + first * BLOCK_M + run->row;
     multiply(t->out_stride / LANES, run->rows, value + first * value_stride, value_stride, probability, BLOCK_M, 1,
-             keys, t->out + run->row * t->out_stride, t->out_stride, true);
+             keys, t->out + run->row * t->out_stride, t->out_stride, t->has_output);
+    t->has_output = true;
 }
 
 /* Scores of one vector of rows, keys first .. last - 1 of the block that begins at `begin`, made complete: softcap,
@@ -399,6 +408,7 @@ static void attend_block(tile *t, int64_t begin, int64_t end)
     }
 
     const real *value = load_block(t, &args->value, args->head_dim_v, LANES, begin, end - begin, t->value, &stride);
+    if (runs[0].rows < t->rows && !t->has_output) clear_output(t); /* no one product writes every row */
     for (int i = 0; i < num_runs; i++) weigh_run(t, &runs[i], begin, value, stride);
 }
 
@@ -462,6 +472,7 @@ static void forward_task(void *context, int64_t index)
     int64_t end = t.key_end[t.granules - 1];
     for (int64_t begin = t.key_begin[0]; begin < end; begin += BLOCK_N)
         attend_block(&t, begin, begin + BLOCK_N < end ? begin + BLOCK_N : end);
+    if (!t.has_output) clear_output(&t);
     store_output(&t);
 }
 
