@@ -108,24 +108,33 @@ typedef struct tile {
     int64_t all_end[GRANULES];
     bool few_rows;                   /* lanes of the scores run along d */
     bool mask_is_uniform;            /* one row of the mask serves the whole tile */
+    bool divide_early;               /* the probabilities by their sum, and not the output */
+    bool writes_result;              /* `out` is the result's place: nothing is left to do to it */
     bool has_output;                 /* there is something in `out` to add to */
     real offset[BLOCK_M];            /* position - position[0] */
     real slope[BLOCK_M];             /* ALiBi */
     real max[BLOCK_M], sum[BLOCK_M]; /* of the softmax so far */
     real *query;                     /* [head_dim][row], times the scale; [row][head_dim] if few_rows */
     real *score;                     /* [BLOCK_N][row] */
-    real *out;                       /* [BLOCK_M][head_dim_v, whole vectors] */
-    int64_t out_stride;
-    real *key, *value;      /* [BLOCK_N][width, whole vectors], where they cannot be read in place */
-    real *mask;             /* [BLOCK_N][row], or [BLOCK_N] if uniform */
-    const real *block_mask; /* the part of it where the block begins */
-    real *staging;          /* LANES rows on their way to being transposed */
+    real *out;                       /* [row][out_width] */
+    int64_t out_stride, out_width;   /* width: head_dim_v in whole vectors */
+    real *key, *value;               /* [BLOCK_N][width, whole vectors], where they cannot be read in place */
+    real *mask;                      /* [BLOCK_N][row], or [BLOCK_N] if uniform */
+    const real *block_mask;          /* the part of it where the block begins */
+    real *staging;                   /* LANES rows on their way to being transposed */
     int64_t staging_stride;
 } tile;
 
 static int64_t num_vectors(const tile *t)
 {
     return (t->rows + LANES - 1) / LANES;
+}
+
+/* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
+static bool is_in_place(const fc_tensor *tensor, int64_t count, int64_t unit)
+{
+    return tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64) && tensor->strides[3] == 1 &&
+           count % unit == 0;
 }
 
 /* Which rows these are, and which keys they see: key j where band_left <= j - position <= band_right. */
@@ -163,6 +172,10 @@ static void place_tile(tile *t, const struct forward_job *job, int64_t index)
         t->all_begin[g] = clamp(last + args->band_left, 0, args->seqlen_k);
         t->all_end[g] = clamp(first + args->band_right + 1, 0, args->seqlen_k);
     }
+    /* In one block of keys a row's sum is known before its output is; the lesser number is divided. */
+    int64_t keys = t->key_end[t->granules - 1] - t->key_begin[0];
+    t->divide_early = keys <= BLOCK_N && keys < args->head_dim_v;
+    t->writes_result = t->divide_early && job->group == 1 && is_in_place(&args->out, args->head_dim_v, LANES);
 }
 
 /* The softmax begins empty, or with the sink as the only logit. */
@@ -181,13 +194,6 @@ static void start_rows(tile *t)
             load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
     }
     t->has_output = false;
-}
-
-/* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
-static bool is_in_place(const fc_tensor *tensor, int64_t count, int64_t unit)
-{
-    return tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64) && tensor->strides[3] == 1 &&
-           count % unit == 0;
 }
 
 /* `count` elements of a tensor's row as whole vectors of reals: in place, or copied to `buffer`. */
@@ -306,7 +312,8 @@ FC_INLINE vec hide_score(const tile *t, vec score, int64_t j, int64_t row)
 
 static void clear_output(tile *t)
 {
-    memset(t->out, 0, (size_t)(t->rows * t->out_stride) * sizeof(real));
+    for (int64_t row = 0; row < t->rows; row++)
+        memset(t->out + row * t->out_stride, 0, (size_t)t->out_width * sizeof(real));
     t->has_output = true;
 }
 
@@ -315,7 +322,7 @@ static void rescale(const tile *t, int64_t row, vec factor)
 {
     for (int64_t lane = 0; lane < LANES && row + lane < t->rows; lane++) {
         real *out = t->out + (row + lane) * t->out_stride;
-        for (int64_t d = 0; d < t->out_stride; d += LANES) store(out + d, load(out + d) * factor[lane]);
+        for (int64_t d = 0; d < t->out_width; d += LANES) store(out + d, load(out + d) * factor[lane]);
     }
 }
 
@@ -341,7 +348,11 @@ static void softmax(tile *t, real *score, int64_t count, int64_t row)
         old_sum *= factor;
         if (t->has_output) rescale(t, row, factor);
     }
-    store(t->sum + row, old_sum + sum);
+    sum += old_sum;
+    store(t->sum + row, sum);
+    if (!t->divide_early) return;
+    vec inverse = 1 / sum;
+    for (int64_t key = 0; key < count; key++) store(score + key * BLOCK_M, load(score + key * BLOCK_M) * inverse);
 }
 
 /* score = key . query for the rows that see each of a run's keys. `begin` is the block's first key. */
@@ -362,8 +373,8 @@ static void weigh_run(tile *t, const struct run *run, int64_t begin, const real 
 {
     int64_t keys = run->end - run->begin, first = run->begin - begin;
     const real *probability = t->score + first * BLOCK_M + run->row;
-    multiply(t->out_stride / LANES, run->rows, value + first * value_stride, value_stride, probability, BLOCK_M, 1,
-             keys, t->out + run->row * t->out_stride, t->out_stride, t->has_output);
+    multiply(t->out_width / LANES, run->rows, value + first * value_stride, value_stride, probability, BLOCK_M, 1, keys,
+             t->out + run->row * t->out_stride, t->out_stride, t->has_output);
     t->has_output = true;
 }
 
@@ -412,18 +423,19 @@ static void attend_block(tile *t, int64_t begin, int64_t end)
     for (int i = 0; i < num_runs; i++) weigh_run(t, &runs[i], begin, value, stride);
 }
 
-/* out / sum, or 0 for a row that saw no key; and lse. */
+/* out / sum where that is still to be done, or 0 for a row that saw no key; and lse. */
 static void store_output(tile *t)
 {
     const fc_forward_args *args = t->args;
     const fc_tensor *out = &args->out;
     bool in_place = is_in_place(out, args->head_dim_v, LANES);
     for (int64_t row = 0; row < t->rows; row++) {
-        real *from = t->out + row * t->out_stride, inverse = 1 / t->sum[row];
+        real *from = t->out + row * t->out_stride, inverse = t->divide_early ? 1 : 1 / t->sum[row];
         bool seen = t->sum[row] != 0; /* if not, `from` may hold 0 times NaN */
+        if (seen && t->writes_result) continue;
         void *place = element(out, t->batch, t->head[row], t->position[row]);
         real *to = in_place ? place : from;
-        for (int64_t d = 0; d < t->out_stride; d += LANES) store(to + d, seen ? load(from + d) * inverse : (vec){0});
+        for (int64_t d = 0; d < t->out_width; d += LANES) store(to + d, seen ? load(from + d) * inverse : (vec){0});
         if (!in_place) store_row(place, out->dtype, out->strides[3], from, args->head_dim_v);
     }
     if (args->lse.dtype == FC_NONE) return;
@@ -439,7 +451,7 @@ static bool find_room(tile *t)
     const fc_forward_args *args = t->args;
     int64_t head_dim = round_up(args->head_dim, LANES), head_dim_v = round_up(args->head_dim_v, LANES);
     t->staging_stride = head_dim > BLOCK_N ? head_dim : BLOCK_N;
-    t->out_stride = head_dim_v;
+    t->out_stride = t->out_width = head_dim_v;
     const struct {
         real **buffer;
         int64_t size;
@@ -455,6 +467,10 @@ static bool find_room(tile *t)
     real *next = fc_cpu_scratch((uint64_t)size * sizeof(real));
     if (!next) return false;
     for (int i = 0; i < num_parts; next += round_up(parts[i].size, 64), i++) *parts[i].buffer = next;
+    if (t->writes_result) {
+        t->out = (real *)element(&args->out, t->batch, t->head[0], t->position[0]);
+        t->out_stride = args->out.strides[2];
+    }
     return true;
 }
 
