@@ -47,6 +47,8 @@ extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           fc_plan *plan);
+/* Of a plan's CPU threads, how many are worth waking if they sleep; the others help if they are awake. */
+int32_t fc_cpu_threads_to_wake(const fc_forward_args *args, const fc_plan *plan);
 int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                 const fc_plan *plan, char *buffer, size_t size);
 

@@ -215,18 +215,30 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                        : "");
 }
 
-/* A thread must have enough work to pay for waking it, which takes some 5 to 10 us: that long at 100 GFLOP/s. */
-#define FLOPS_PER_CPU_THREAD 5e5
+/* A thread must have enough work to pay for what it costs: waking it takes some 5 to 10 us, that long at 100 GFLOP/s;
+ * handing work to one that still polls for it takes under 1 us. */
+#define FLOPS_TO_WAKE_CPU_THREAD 5e5
+#define FLOPS_PER_CPU_THREAD     2e5
+
+static int32_t threads_for(const fc_forward_args *args, double flops_per_thread, int32_t most)
+{
+    double flops = 2.0 * (double)args->batch * (double)args->num_heads_q * (double)args->seqlen_q *
+                   (double)args->seqlen_k * (double)(args->head_dim + args->head_dim_v);
+    double useful = flops / flops_per_thread;
+    return useful >= most ? most : useful < 1 ? 1 : (int32_t)useful;
+}
+
+int32_t fc_cpu_threads_to_wake(const fc_forward_args *args, const fc_plan *plan)
+{
+    return threads_for(args, FLOPS_TO_WAKE_CPU_THREAD, plan->num_threads);
+}
 
 static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device,
                            int64_t tasks)
 {
     int32_t most = p->num_threads != 0 ? p->num_threads : device->num_threads;
-    double flops = 2.0 * (double)args->batch * (double)args->num_heads_q * (double)args->seqlen_q *
-                   (double)args->seqlen_k * (double)(args->head_dim + args->head_dim_v);
-    double useful = flops / FLOPS_PER_CPU_THREAD;
-    if (useful < most) most = useful < 1 ? 1 : (int32_t)useful;
-    return tasks < most ? (tasks < 1 ? 1 : (int32_t)tasks) : most;
+    if (tasks < most) most = tasks < 1 ? 1 : (int32_t)tasks;
+    return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
 /*

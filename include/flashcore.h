@@ -161,7 +161,7 @@ typedef struct fc_plan {
     int32_t block_m;          /* query rows per tile */
     int32_t block_n;          /* keys per tile */
     int32_t num_splits;       /* ways the keys of one row are divided; 1: not */
-    int32_t num_threads;      /* CPU threads, or CUDA threads per block */
+    int32_t num_threads;      /* CPU threads at most (a small call wakes none), or CUDA threads per block */
     uint32_t slow;            /* FC_SLOW_* bits */
     int64_t grid;             /* tiles of the output: tasks on the CPU */
     int64_t num_blocks;       /* thread blocks that share the tiles on a GPU; 0 on the CPU */

@@ -44,6 +44,21 @@ def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
     np.testing.assert_array_equal(*outs)
 
 
+def test_small_calls_in_a_row_have_the_same_bits() -> None:
+    """The first ones run alone; then, as they follow each other fast, the workers are woken and help."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((1, 8, 16, 64)).astype(np.float32) for _ in range(3))
+    expected, out = np.empty_like(q), np.empty_like(q)
+    assert capi.forward(capi.problem(q, k, v, expected, num_threads=1)) == OK
+    problem = capi.problem(q, k, v, out, num_threads=2)
+    for _ in range(1000):
+        out[:] = np.nan
+        assert capi.forward(problem) == OK
+        np.testing.assert_array_equal(out, expected)
+        for _ in range(10):
+            assert capi.forward(problem) == OK
+
+
 # Structs begin with their size
 
 

@@ -104,8 +104,9 @@ def test_grid_counts_tiles(batch: int, heads: int, seqlen_q: int, tiles: int) ->
         ({"batch": 8, "seqlen_q": 512, "seqlen_k": 512}, 16, 3, 3),
         ({"batch": 8, "seqlen_q": 512, "seqlen_k": 512}, 2, 64, 64),
         ({"batch": 1, "num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 128, "seqlen_k": 4096}, 16, 0, 2),  # two tiles
-        ({"batch": 1, "seqlen_q": 16, "seqlen_k": 16}, 16, 0, 1),  # less work than a wake-up
-        ({"batch": 1, "seqlen_q": 16, "seqlen_k": 16}, 16, 8, 1),
+        ({"batch": 1, "seqlen_q": 16, "seqlen_k": 16}, 16, 0, 2),  # less work than a wake-up: who is awake may help
+        ({"batch": 1, "seqlen_q": 16, "seqlen_k": 16}, 16, 1, 1),
+        ({"batch": 1, "seqlen_q": 8, "seqlen_k": 16}, 16, 8, 1),  # less work than handing it over
         ({"batch": 0}, 16, 0, 1),
     ],
 )

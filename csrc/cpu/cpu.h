@@ -25,9 +25,11 @@ int32_t fc_cpu_isa(void);
 int32_t fc_cpu_num_threads(void);
 
 /* pool.c: runs task(context, index) for index 0 .. num_tasks - 1, on the caller and up to num_threads - 1 workers, and
- * returns when all are done. Concurrent callers and forked children are served (a busy pool makes the
+ * returns when all are done. Of the workers that sleep, num_to_wake - 1 are woken, and all where calls come so fast
+ * that they will be awake for the next one. Concurrent callers and forked children are served (a busy pool makes the
  * caller do its own work). Never fails: fewer threads than asked for is slower, not an error. */
-void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads);
+void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads,
+                int32_t num_to_wake);
 /* Scratch of this thread, at least `bytes`, 64-byte aligned, reused by later calls and freed with the
  * thread; NULL when out of memory. */
 void *fc_cpu_scratch(uint64_t bytes);

@@ -1,14 +1,14 @@
 /*
  * forward_template.h - exact attention on the CPU, tile by tile, for one element type and vector width.
  *
- * The trick: vector lanes are query rows. A task owns FC_CPU_BLOCK_M rows of one key/value head and keeps Q, the scores
- * and the output transposed, rows last:
+ * The trick: the vector lanes of the scores are query rows. A task owns FC_CPU_BLOCK_M rows of one key/value head and
+ * keeps Q and the scores transposed, rows last; the lanes of the output are its columns:
  *
  *   S^T[key][row]    = sum_d   K[key][d] * Q^T[d][row]            a scalar of K times a vector of rows
  *   P^T[key][row]    = exp(S^T - m[row])                          maximum and sum run over keys, lane by lane
- *   O^T[dv][row]    += sum_key V[key][dv] * P^T[key][row]         the same product, with other strides
+ *   O[row][dv]      += sum_key P^T[key][row] * V[key][dv]         a scalar of P^T times a vector of columns
  *
- * So K and V are read where they lie, one scalar at a time, and no step ever sums across a vector. Keys come in blocks
+ * So K and V are read where they lie, only Q is ever transposed, and no step sums across a vector. Keys come in blocks
  * of FC_CPU_BLOCK_N with the online softmax of FlashAttention: when a row's maximum grows, what was summed under the
  * old one shrinks by exp(old - new).
  *
@@ -16,8 +16,8 @@
  * key/value head share its blocks and a band still cuts a tile by position. A granule is GRANULE rows: the step in
  * which the edge of a band skips work.
  *
- * A tile of very few rows (decoding) would waste most lanes. There, lanes run along d instead, for the same scores and
- * the same output.
+ * A tile of very few rows (decoding) would waste most lanes of the scores. There, lanes run along d instead, for the
+ * same scores.
  *
  * Included once per element type, with the parameters of simd.h and matrix.h. It defines the function forward_float or
  * forward_double.
@@ -34,6 +34,8 @@
 #define place_tile    FC_CPU_NAME(place_tile)
 #define start_rows    FC_CPU_NAME(start_rows)
 #define load_query    FC_CPU_NAME(load_query)
+#define is_in_place   FC_CPU_NAME(is_in_place)
+#define read_row      FC_CPU_NAME(read_row)
 #define load_block    FC_CPU_NAME(load_block)
 #define find_runs     FC_CPU_NAME(find_runs)
 #define load_mask     FC_CPU_NAME(load_mask)
@@ -41,6 +43,7 @@
 #define adjust_score  FC_CPU_NAME(adjust_score)
 #define hide_score    FC_CPU_NAME(hide_score)
 #define softmax       FC_CPU_NAME(softmax)
+#define clear_output  FC_CPU_NAME(clear_output)
 #define rescale       FC_CPU_NAME(rescale)
 #define score_run     FC_CPU_NAME(score_run)
 #define weigh_run     FC_CPU_NAME(weigh_run)
@@ -63,9 +66,9 @@ struct forward_job {
     atomic_bool out_of_memory;
 };
 
-/* Keys of a block that the same granules see: keys begin .. end - 1, rows from `row` in `vectors` vectors. */
+/* Keys of a block that the same granules see: keys begin .. end - 1, `rows` rows from `row`. */
 struct run {
-    int64_t begin, end, row, vectors;
+    int64_t begin, end, row, rows;
 };
 
 static inline int64_t round_up(int64_t n, int64_t multiple)
@@ -103,24 +106,35 @@ typedef struct tile {
     int64_t key_end[GRANULES];
     int64_t all_begin[GRANULES]; /* keys that every row of it sees */
     int64_t all_end[GRANULES];
-    bool few_rows;                   /* lanes run along d */
+    bool few_rows;                   /* lanes of the scores run along d */
     bool mask_is_uniform;            /* one row of the mask serves the whole tile */
+    bool divide_early;               /* the probabilities by their sum, and not the output */
+    bool writes_result;              /* `out` is the result's place: nothing is left to do to it */
+    bool has_output;                 /* there is something in `out` to add to */
     real offset[BLOCK_M];            /* position - position[0] */
     real slope[BLOCK_M];             /* ALiBi */
     real max[BLOCK_M], sum[BLOCK_M]; /* of the softmax so far */
     real *query;                     /* [head_dim][row], times the scale; [row][head_dim] if few_rows */
     real *score;                     /* [BLOCK_N][row] */
-    real *out;                       /* [head_dim_v][row] */
+    real *out;                       /* [row][out_width] */
+    int64_t out_stride, out_width;   /* width: head_dim_v in whole vectors */
     real *key, *value;               /* [BLOCK_N][width, whole vectors], where they cannot be read in place */
     real *mask;                      /* [BLOCK_N][row], or [BLOCK_N] if uniform */
     const real *block_mask;          /* the part of it where the block begins */
-    real *staging;                   /* LANES rows on their way to or from being transposed */
+    real *staging;                   /* LANES rows on their way to being transposed */
     int64_t staging_stride;
 } tile;
 
 static int64_t num_vectors(const tile *t)
 {
     return (t->rows + LANES - 1) / LANES;
+}
+
+/* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
+static bool is_in_place(const fc_tensor *tensor, int64_t count, int64_t unit)
+{
+    return tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64) && tensor->strides[3] == 1 &&
+           count % unit == 0;
 }
 
 /* Which rows these are, and which keys they see: key j where band_left <= j - position <= band_right. */
@@ -148,7 +162,7 @@ static void place_tile(tile *t, const struct forward_job *job, int64_t index)
         t->offset[row] = (real)(t->position[row] - t->position[0]);
     }
     /* A row costs about two operations a vector of d then, with the sum over lanes, where LANES rows cost LANES. */
-    t->few_rows = t->rows * 4 <= LANES && args->head_dim % LANES == 0 && args->head_dim_v % LANES == 0;
+    t->few_rows = t->rows * 4 <= LANES && args->head_dim % LANES == 0;
     const int64_t *mask_strides = args->attn_mask.strides;
     t->mask_is_uniform = t->rows == 1 || (mask_strides[2] == 0 && (mask_strides[1] == 0 || job->group == 1));
     for (int g = 0; g < t->granules; g++) {
@@ -158,6 +172,10 @@ static void place_tile(tile *t, const struct forward_job *job, int64_t index)
         t->all_begin[g] = clamp(last + args->band_left, 0, args->seqlen_k);
         t->all_end[g] = clamp(first + args->band_right + 1, 0, args->seqlen_k);
     }
+    /* In one block of keys a row's sum is known before its output is; the lesser number is divided. */
+    int64_t keys = t->key_end[t->granules - 1] - t->key_begin[0];
+    t->divide_early = keys <= BLOCK_N && keys < args->head_dim_v;
+    t->writes_result = t->divide_early && job->group == 1 && is_in_place(&args->out, args->head_dim_v, LANES);
 }
 
 /* The softmax begins empty, or with the sink as the only logit. */
@@ -175,8 +193,15 @@ static void start_rows(tile *t)
         if (slopes->dtype != FC_NONE)
             load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
     }
-    for (int64_t d = 0; d < args->head_dim_v; d++)
-        for (int64_t v = 0; v < num_vectors(t); v++) store(t->out + d * BLOCK_M + v * LANES, (vec){0});
+    t->has_output = false;
+}
+
+/* `count` elements of a tensor's row as whole vectors of reals: in place, or copied to `buffer`. */
+static const real *read_row(const fc_tensor *tensor, const void *from, int64_t count, real *buffer)
+{
+    if (is_in_place(tensor, count, LANES)) return from;
+    load_row(buffer, from, tensor->dtype, tensor->strides[3], count);
+    return buffer;
 }
 
 static void load_query(tile *t)
@@ -191,24 +216,24 @@ static void load_query(tile *t)
         for (int64_t d = 0; d < head_dim; d++) to[d] *= factor;
     }
     for (int64_t v = 0; !t->few_rows && v < num_vectors(t); v++) {
+        const real *rows[LANES];
         for (int64_t lane = 0; lane < LANES; lane++) {
             int64_t row = v * LANES + lane; /* a spare lane repeats the last row */
-            load_row(t->staging + lane * t->staging_stride, element(query, t->batch, t->head[row], t->position[row]),
-                     query->dtype, query->strides[3], head_dim);
+            rows[lane] = read_row(query, element(query, t->batch, t->head[row], t->position[row]), head_dim,
+                                  t->staging + lane * t->staging_stride);
         }
-        transpose_rows(t->query + v * LANES, BLOCK_M, t->staging, t->staging_stride, head_dim, factor);
+        transpose_rows(t->query + v * LANES, BLOCK_M, rows, head_dim, factor);
     }
 }
 
-/* Rows first_key .. first_key + count - 1 of key or value as reals with a last stride of 1: in place, or copied to
- * `buffer` where dtype or last stride ask for it. In place even if the rows are a multiple of 4 KiB apart and share few
- * of a cache's sets: each is walked along, and a copy was slower (by 5% or so) at every distance up to 8 KiB. */
-static const real *load_block(const tile *t, const fc_tensor *tensor, int64_t width, int64_t first_key, int64_t count,
-                              real *buffer, int64_t *row_stride)
+/* Rows first_key .. first_key + count - 1 of key or value as reals in whole units: in place, or copied to `buffer`.
+ * In place even if the rows are a multiple of 4 KiB apart and share few of a cache's sets: each is walked along, and a
+ * copy was slower (by 5% or so) at every distance up to 8 KiB. */
+static const real *load_block(const tile *t, const fc_tensor *tensor, int64_t width, int64_t unit, int64_t first_key,
+                              int64_t count, real *buffer, int64_t *row_stride)
 {
-    bool same = tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64);
     *row_stride = tensor->strides[2];
-    if (same && tensor->strides[3] == 1) return (const real *)element(tensor, t->batch, t->head_kv, first_key);
+    if (is_in_place(tensor, width, unit)) return (const real *)element(tensor, t->batch, t->head_kv, first_key);
 
     *row_stride = round_up(width, LANES);
     for (int64_t key = 0; key < count; key++)
@@ -223,17 +248,19 @@ static void load_mask(tile *t, int64_t *begin, int64_t *end)
     const fc_tensor *mask = &t->args->attn_mask;
     int64_t count = *end - *begin, first = count, last = -1;
     int64_t column = *begin * mask->strides[3] * element_bytes(mask->dtype);
-    int64_t rows = t->mask_is_uniform ? 1 : num_vectors(t) * LANES;
-    for (int64_t row = 0; row < rows; row++) {
+    int64_t num_rows = t->mask_is_uniform ? 1 : num_vectors(t) * LANES;
+    const real *rows[LANES];
+    for (int64_t row = 0; row < num_rows; row++) {
         real *values = t->mask_is_uniform ? t->mask : t->staging + row % LANES * t->staging_stride;
         load_row(values, element(mask, t->batch, t->head[row], t->position[row]) + column, mask->dtype,
                  mask->strides[3], count);
+        rows[row % LANES] = values;
         for (int64_t i = 0; i < first; i++)
             if (values[i] != (real)-INFINITY) first = i;
         for (int64_t i = count - 1; i > last; i--)
             if (values[i] != (real)-INFINITY) last = i;
         if (!t->mask_is_uniform && (row + 1) % LANES == 0)
-            transpose_rows(t->mask + row + 1 - LANES, BLOCK_M, t->staging, t->staging_stride, count, 1);
+            transpose_rows(t->mask + row + 1 - LANES, BLOCK_M, rows, count, 1);
     }
     t->block_mask = t->mask + first * (t->mask_is_uniform ? 1 : BLOCK_M);
     *end = *begin + last + 1;
@@ -253,7 +280,7 @@ static int find_runs(const tile *t, int64_t begin, int64_t end, struct run runs[
         if (last < t->granules && t->key_begin[last] < next) next = t->key_begin[last];
         if (first >= last) continue;
         int64_t row = first * GRANULE, rows = clamp(t->rows, 0, last * GRANULE) - row;
-        runs[count++] = (struct run){begin, next, row, (rows + LANES - 1) / LANES};
+        runs[count++] = (struct run){begin, next, row, rows};
     }
     return count;
 }
@@ -283,11 +310,20 @@ FC_INLINE vec hide_score(const tile *t, vec score, int64_t j, int64_t row)
     return select_lanes((offset >= least) & (offset <= most), score, broadcast((real)-INFINITY));
 }
 
-/* out *= factor for one vector of rows. */
+static void clear_output(tile *t)
+{
+    for (int64_t row = 0; row < t->rows; row++)
+        memset(t->out + row * t->out_stride, 0, (size_t)t->out_width * sizeof(real));
+    t->has_output = true;
+}
+
+/* out *= factor for LANES rows, of those that are real. */
 static void rescale(const tile *t, int64_t row, vec factor)
 {
-    for (int64_t d = 0; d < t->args->head_dim_v; d++)
-        store(t->out + d * BLOCK_M + row, load(t->out + d * BLOCK_M + row) * factor);
+    for (int64_t lane = 0; lane < LANES && row + lane < t->rows; lane++) {
+        real *out = t->out + (row + lane) * t->out_stride;
+        for (int64_t d = 0; d < t->out_width; d += LANES) store(out + d, load(out + d) * factor[lane]);
+    }
 }
 
 /* Online softmax of one vector of rows over `count` keys: scores become probabilities against the row's new maximum. */
@@ -305,14 +341,18 @@ static void softmax(tile *t, real *score, int64_t count, int64_t row)
         sum += p;
     }
 
-    /* Nothing to rescale where no maximum moved, or in the first block, where nothing was summed. */
+    /* Nothing to rescale where no maximum moved, or where nothing was summed. */
     vec old_sum = load(t->sum + row), nothing = {0};
     if (memcmp(&old_max, &new_max, sizeof(vec)) != 0 && memcmp(&old_sum, &nothing, sizeof(vec)) != 0) {
         vec factor = exp_lanes(old_max - base);
         old_sum *= factor;
-        rescale(t, row, factor);
+        if (t->has_output) rescale(t, row, factor);
     }
-    store(t->sum + row, old_sum + sum);
+    sum += old_sum;
+    store(t->sum + row, sum);
+    if (!t->divide_early) return;
+    vec inverse = 1 / sum;
+    for (int64_t key = 0; key < count; key++) store(score + key * BLOCK_M, load(score + key * BLOCK_M) * inverse);
 }
 
 /* score = key . query for the rows that see each of a run's keys. `begin` is the block's first key. */
@@ -324,24 +364,18 @@ static void score_run(const tile *t, const struct run *run, int64_t begin, const
     if (t->few_rows)
         dot_rows(t->rows, keys, t->query, head_dim, key, key_stride, head_dim, score, BLOCK_M);
     else
-        multiply(run->vectors, keys, t->query + run->row, BLOCK_M, key, 1, key_stride, head_dim, score, BLOCK_M, false);
+        multiply((run->rows + LANES - 1) / LANES, keys, t->query + run->row, BLOCK_M, key, 1, key_stride, head_dim,
+                 score, BLOCK_M, false);
 }
 
-/* out += probability * value, likewise. */
-static void weigh_run(const tile *t, const struct run *run, int64_t begin, const real *value, int64_t value_stride)
+/* out = or += probability * value, likewise. */
+static void weigh_run(tile *t, const struct run *run, int64_t begin, const real *value, int64_t value_stride)
 {
-    int64_t head_dim_v = t->args->head_dim_v, keys = run->end - run->begin, first = run->begin - begin;
-    const real *score = t->score + first * BLOCK_M + run->row;
-    value += first * value_stride;
-    if (!t->few_rows) {
-        multiply(run->vectors, head_dim_v, score, BLOCK_M, value, value_stride, 1, keys, t->out + run->row, BLOCK_M,
-                 true);
-        return;
-    }
-    multiply(head_dim_v / LANES, t->rows, value, value_stride, score, BLOCK_M, 1, keys, t->staging, t->staging_stride,
-             false);
-    for (int64_t row = 0; row < t->rows; row++)
-        for (int64_t d = 0; d < head_dim_v; d++) t->out[d * BLOCK_M + row] += t->staging[row * t->staging_stride + d];
+    int64_t keys = run->end - run->begin, first = run->begin - begin;
+    const real *probability = t->score + first * BLOCK_M + run->row;
+    multiply(t->out_width / LANES, run->rows, value + first * value_stride, value_stride, probability, BLOCK_M, 1, keys,
+             t->out + run->row * t->out_stride, t->out_stride, t->has_output);
+    t->has_output = true;
 }
 
 /* Scores of one vector of rows, keys first .. last - 1 of the block that begins at `begin`, made complete: softcap,
@@ -373,7 +407,7 @@ static void attend_block(tile *t, int64_t begin, int64_t end)
     int num_runs = find_runs(t, begin, end, runs);
     if (num_runs == 0) return;
     int64_t stride;
-    const real *key = load_block(t, &args->key, args->head_dim, begin, end - begin, t->key, &stride);
+    const real *key = load_block(t, &args->key, args->head_dim, 1, begin, end - begin, t->key, &stride);
     for (int i = 0; i < num_runs; i++) score_run(t, &runs[i], begin, key, stride);
 
     for (int64_t row = 0; row < num_vectors(t) * LANES; row += LANES) {
@@ -384,27 +418,25 @@ static void attend_block(tile *t, int64_t begin, int64_t end)
         softmax(t, t->score + (first - begin) * BLOCK_M + row, last - first, row);
     }
 
-    const real *value = load_block(t, &args->value, args->head_dim_v, begin, end - begin, t->value, &stride);
+    const real *value = load_block(t, &args->value, args->head_dim_v, LANES, begin, end - begin, t->value, &stride);
+    if (runs[0].rows < t->rows && !t->has_output) clear_output(t); /* no one product writes every row */
     for (int i = 0; i < num_runs; i++) weigh_run(t, &runs[i], begin, value, stride);
 }
 
-/* out / sum, or 0 for a row that saw no key, back to rows; and lse. */
+/* out / sum where that is still to be done, or 0 for a row that saw no key; and lse. */
 static void store_output(tile *t)
 {
     const fc_forward_args *args = t->args;
     const fc_tensor *out = &args->out;
-    for (int64_t v = 0; v < num_vectors(t); v++) {
-        vec sum = load(t->sum + v * LANES), inverse = 1 / sum;
-        for (int64_t d = 0; d < args->head_dim_v; d += LANES) {
-            vec square[LANES];
-            for (int i = 0; i < LANES; i++)
-                square[i] = select_lanes(sum == 0, (vec){0}, load(t->out + (d + i) * BLOCK_M + v * LANES) * inverse);
-            transpose_square(square);
-            for (int i = 0; i < LANES; i++) store(t->staging + i * t->staging_stride + d, square[i]);
-        }
-        for (int64_t row = v * LANES; row < t->rows && row < (v + 1) * LANES; row++)
-            store_row(element(out, t->batch, t->head[row], t->position[row]), out->dtype, out->strides[3],
-                      t->staging + row % LANES * t->staging_stride, args->head_dim_v);
+    bool in_place = is_in_place(out, args->head_dim_v, LANES);
+    for (int64_t row = 0; row < t->rows; row++) {
+        real *from = t->out + row * t->out_stride, inverse = t->divide_early ? 1 : 1 / t->sum[row];
+        bool seen = t->sum[row] != 0; /* if not, `from` may hold 0 times NaN */
+        if (seen && t->writes_result) continue;
+        void *place = element(out, t->batch, t->head[row], t->position[row]);
+        real *to = in_place ? place : from;
+        for (int64_t d = 0; d < t->out_width; d += LANES) store(to + d, seen ? load(from + d) * inverse : (vec){0});
+        if (!in_place) store_row(place, out->dtype, out->strides[3], from, args->head_dim_v);
     }
     if (args->lse.dtype == FC_NONE) return;
     for (int64_t row = 0; row < t->rows; row++) {
@@ -418,14 +450,14 @@ static bool find_room(tile *t)
 {
     const fc_forward_args *args = t->args;
     int64_t head_dim = round_up(args->head_dim, LANES), head_dim_v = round_up(args->head_dim_v, LANES);
-    t->staging_stride = head_dim > head_dim_v ? head_dim : head_dim_v;
-    if (t->staging_stride < BLOCK_N) t->staging_stride = BLOCK_N;
+    t->staging_stride = head_dim > BLOCK_N ? head_dim : BLOCK_N;
+    t->out_stride = t->out_width = head_dim_v;
     const struct {
         real **buffer;
         int64_t size;
     } parts[] = {
         {&t->query, head_dim * BLOCK_M},          {&t->score, BLOCK_N * BLOCK_M},
-        {&t->out, head_dim_v * BLOCK_M},          {&t->key, BLOCK_N * head_dim},
+        {&t->out, BLOCK_M * head_dim_v},          {&t->key, BLOCK_N * head_dim},
         {&t->value, BLOCK_N * head_dim_v},        {&t->mask, args->attn_mask.dtype != FC_NONE ? BLOCK_N * BLOCK_M : 0},
         {&t->staging, LANES * t->staging_stride},
     };
@@ -435,6 +467,10 @@ static bool find_room(tile *t)
     real *next = fc_cpu_scratch((uint64_t)size * sizeof(real));
     if (!next) return false;
     for (int i = 0; i < num_parts; next += round_up(parts[i].size, 64), i++) *parts[i].buffer = next;
+    if (t->writes_result) {
+        t->out = (real *)element(&args->out, t->batch, t->head[0], t->position[0]);
+        t->out_stride = args->out.strides[2];
+    }
     return true;
 }
 
@@ -452,6 +488,7 @@ static void forward_task(void *context, int64_t index)
     int64_t end = t.key_end[t.granules - 1];
     for (int64_t begin = t.key_begin[0]; begin < end; begin += BLOCK_N)
         attend_block(&t, begin, begin + BLOCK_N < end ? begin + BLOCK_N : end);
+    if (!t.has_output) clear_output(&t);
     store_output(&t);
 }
 
@@ -460,7 +497,7 @@ static fc_status forward(const fc_forward_args *args, const fc_plan *plan)
     if (args->num_heads_kv == 0) return FC_OK;
     struct forward_job job = {.args = args, .group = args->num_heads_q / args->num_heads_kv};
     job.tiles_per_head = round_up(job.group * args->seqlen_q, BLOCK_M) / BLOCK_M;
-    fc_cpu_run(forward_task, &job, plan->grid, plan->num_threads);
+    fc_cpu_run(forward_task, &job, plan->grid, plan->num_threads, fc_cpu_threads_to_wake(args, plan));
     if (atomic_load(&job.out_of_memory))
         return fc_fail(FC_OUT_OF_MEMORY,
                        "no memory for the CPU kernel's scratch (under 1 MiB a thread): free some, or lower num_threads "

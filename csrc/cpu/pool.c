@@ -17,6 +17,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "cpu.h"
 
@@ -32,6 +33,10 @@
  * wake-up. */
 enum { SPINS = 400 };
 
+/* A call that follows another in less time than a worker polls finds it awake. After so many in a row the workers are
+ * woken even for calls that are not worth it by themselves. */
+enum { FAST_FOLLOW_NS = 5000, FAST_CALLS = 8 };
+
 enum { MAX_WORKERS = 1023 };
 
 static struct {
@@ -42,6 +47,8 @@ static struct {
     int32_t num_workers; /* threads that exist */
     pthread_t workers[MAX_WORKERS];
     int caller_cpu; /* that the workers are kept away from; -1: none */
+    int64_t last_end;
+    int32_t fast_calls; /* in a row */
 
     atomic_bool taken;
     atomic_llong next; /* the first task that nobody has drawn */
@@ -168,31 +175,46 @@ static void keep_workers_away(void)
 #endif
 }
 
-void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads)
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void wake_workers(int32_t count)
+{
+    keep_workers_away();
+    pthread_mutex_lock(&pool.mutex);
+    for (int32_t i = 0; i < count; i++) pthread_cond_signal(&pool.offered);
+    pthread_mutex_unlock(&pool.mutex);
+}
+
+void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads,
+                int32_t num_to_wake)
 {
     if (num_threads > num_tasks) num_threads = (int32_t)num_tasks;
     if (num_threads <= 1 || atomic_exchange(&pool.taken, true)) {
         for (int64_t index = 0; index < num_tasks; index++) task(context, index);
         return;
     }
-    int32_t wanted = num_threads - 1 < MAX_WORKERS ? num_threads - 1 : MAX_WORKERS;
+    pool.fast_calls = nanoseconds() - pool.last_end < FAST_FOLLOW_NS ? pool.fast_calls + 1 : 0;
+    if (pool.fast_calls >= FAST_CALLS) num_to_wake = num_threads;
+    int32_t seats = num_threads - 1 < MAX_WORKERS ? num_threads - 1 : MAX_WORKERS;
+    int32_t wanted = num_to_wake - 1 < seats ? num_to_wake - 1 : seats;
     if (pool.num_workers < wanted) hire_workers(wanted);
 
     pool.task = task;
     pool.context = context;
     pool.num_tasks = num_tasks;
     atomic_store(&pool.next, 0);
-    atomic_store(&pool.seats, wanted);
-    if (atomic_load(&pool.asleep) > 0) {
-        keep_workers_away();
-        pthread_mutex_lock(&pool.mutex);
-        for (int32_t i = 0; i < wanted; i++) pthread_cond_signal(&pool.offered);
-        pthread_mutex_unlock(&pool.mutex);
-    }
+    atomic_store(&pool.seats, seats);
+    if (wanted > 0 && atomic_load(&pool.asleep) > 0) wake_workers(wanted);
 
     draw_tasks();
     atomic_store(&pool.seats, 0);
     wait_for_workers();
+    pool.last_end = nanoseconds();
     atomic_store(&pool.taken, false);
 }
 
