@@ -157,8 +157,8 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
     The term in eps, that of the sums (float32's, or float64's), is for cases so small that `rounded` is lucky: an
     exponential good to 2 units in the last place for each of numerator and denominator, a division and a product
     are 6 roundings, and 2 more are the order of summation. A score is rounded by eps / 2 of itself, and two that are
-    off by so much in opposite directions move what is between their values by up to half of eps times it. The cap is for scores so large that rounding them to
-    the precision loses the answer: a result of zeros never passes.
+    off by so much in opposite directions move what is between their values by up to half of eps times it. The cap is
+    for scores so large that rounding them to the precision loses the answer: a result of zeros never passes.
 
     lse has no cap but two more terms, eps |lse| and eps times the largest product of norms |scale| |q_i| |k_j|: each
     row's lse is about its largest score, and a score is a sum whose terms may cancel. Its yardstick is the formula in

@@ -73,7 +73,7 @@ static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
 struct forward_params {
     CUtensorMap query, key, value;
     fc_forward_args args;
-    fc::tile_shape shape;
+    fc::schedule schedule;
 };
 
 /* Named barriers from here on, one a warpgroup: whose turn it is to issue. Three warpgroups that take turns gain 3 to
@@ -115,6 +115,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<STAGES> keys;
     uint32_t turn = 0;
+    bool first = true;
     fc::tile_work work;
     const auto load_query = [&] {
         mbarrier_wait(at(smem.query_empty[queries.stage]), queries.phase ^ 1);
@@ -122,12 +123,13 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
                   work.batch);
         queries.next();
     };
-    while (fc::next_tile(params.args, params.shape, turn, work)) {
+    for (; fc::next_tile(params.schedule, turn, work); first = false) {
+        const int before_query = QUERY_STAGES == 2 || first ? work.end - 1 : max(work.first, work.end - STAGES + 1);
         for (int j = work.end - 1; j >= work.first; j--, keys.next()) {
             mbarrier_wait(at(smem.key_empty[keys.stage]), keys.phase ^ 1);
             load_tile(smem.key[keys.stage], params.key, smem.key_full[keys.stage], j * BLOCK_N, work.head_kv,
                       work.batch);
-            if (j == work.end - 1) load_query();
+            if (j == before_query) load_query();
             mbarrier_wait(at(smem.value_empty[keys.stage]), keys.phase ^ 1);
             load_tile(smem.value[keys.stage], params.value, smem.value_full[keys.stage], j * BLOCK_N, work.head_kv,
                       work.batch);
@@ -189,7 +191,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         stages.next();
     };
 
-    float s[BLOCK_N / 2], out[HEAD_DIM / 2];
+    float s[BLOCK_N / 2], out[HEAD_DIM / 2] = {};
     uint32_t p[BLOCK_N / 4];
     fc::online_softmax softmax;
 
@@ -220,6 +222,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::wgmma_fence();
         start_q_k();
         end_turn();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
+        fc::hold(out); /* now, while the product runs */
         fc::wgmma_wait<0>();
         fc::hold(s);
         let_go(smem.key_empty, keys);
@@ -245,67 +250,56 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         let_go(smem.value_empty, values);
     };
 
-    uint32_t turn = 0;
-    bool pending = false; /* whether the last p.v of the rows before is still to be issued */
-    fc::tile_work work, before;
     if (warpgroup == WARPGROUPS - 1) end_turn(); /* warpgroup 0 begins */
 
-    for (bool first = true;; first = false) {
-        const bool more = fc::next_tile(args, params.shape, turn, work);
-        const fc::rows_view view(args, work, warpgroup);
-        const bool has_keys = more && work.first < work.end;      /* for the block */
-        const bool sees_some = has_keys && work.first < view.end; /* this warpgroup */
-        if (pending) multiply_last();
-        if (!first) fc::write_out<T>(out, softmax, unit_log2, args, before, before.row + thread_row);
-        if (!more) break;
-        if (has_keys) wait_for(smem.query_full, queries);
+    uint32_t turn = 0;
+    fc::tile_work work;
+    while (fc::next_tile(params.schedule, turn, work)) {
+        const fc::rows_view view(params.schedule, work, warpgroup);
+        const int row = work.row + thread_row;
+        const bool sees_some = work.first < min(work.end, view.end);
+        softmax = fc::online_softmax();
+        if (work.first < work.end) wait_for(smem.query_full, queries);
         if (sees_some) {
 #pragma unroll 1
             for (int j = work.end; j > view.end; j--) pass_key();
             multiply_first();
 #pragma unroll 1
             for (int j = work.end; j > view.end; j--) pass_value();
-        } else if (has_keys) {
+
+            /* q.k of tile j in s -> scores -> weights in p. The last tile's q.k was the last to read query. */
+            int j = view.end - 1;
+            const std::true_type yes;
+            const std::false_type no;
+            const auto is_cut = [&] { return j >= view.end_whole || j < view.first_whole; };
+            const auto weigh = [&](auto masked, auto is_first) {
+                if (j == work.first) let_go(smem.query_empty, queries);
+                const int tile_key = j * BLOCK_N + thread_key;
+                if constexpr (NATURAL) fc::finish_scores<T>(s, args, work.batch, work.head, row, tile_key);
+                if (masked && (!is_first || is_cut())) fc::hide_outside(s, params.schedule, row, tile_key);
+                if constexpr (is_first) softmax.take_reference(s);
+                softmax.step<T, NATURAL>(s, p, out, unit_log2);
+            };
+            const auto step = [&](auto masked) {
+                multiply_both();
+                weigh(masked, no);
+            };
+            weigh(yes, yes);
+            j--;
+            if constexpr (MASK != mask_class::full) {
+                for (; j >= view.end_whole; j--) step(yes);
+                for (; j >= view.first_whole; j--) step(no);
+                for (; j >= work.first; j--) step(yes);
+            } else {
+                for (; j >= work.first; j--) step(no);
+            }
+            multiply_last();
+        } else if (work.first < work.end) {
 #pragma unroll 1
             for (int j = work.end; j > work.first; j--) pass_key(), pass_value();
             let_go(smem.query_empty, queries);
         }
-        softmax = fc::online_softmax();
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
-        before = work;
-        pending = sees_some;
-        if (!sees_some) continue;
-        const int row = work.row + thread_row;
-
-        /* q.k of tile j in s -> scores -> weights in p. The last tile's q.k was the last to read query. */
-        int j = view.end - 1;
-        const auto weigh = [&](auto masked) {
-            if (j == work.first) let_go(smem.query_empty, queries);
-            const int tile_key = j * BLOCK_N + thread_key;
-            if constexpr (NATURAL) fc::finish_scores<T>(s, args, work.batch, work.head, row, tile_key);
-            if constexpr (masked) {
-                fc::hide_outside(s, args, row, tile_key);
-                softmax.step_with_maximum<T, NATURAL>(s, p, out, unit_log2);
-            } else {
-                softmax.step<T, NATURAL>(s, p, out, unit_log2);
-            }
-        };
-        const auto step = [&](auto masked) {
-            multiply_both();
-            weigh(masked);
-        };
-        const std::true_type masked;
-        const std::false_type whole;
-        weigh(masked);
-        j--;
-        if constexpr (MASK != mask_class::full) {
-            for (; j >= view.end_whole; j--) step(masked);
-            for (; j >= view.first_whole; j--) step(whole);
-            for (; j >= work.first; j--) step(masked);
-        } else {
-            for (; j >= work.first; j--) step(whole);
-        }
+        fc::write_out<T>(out, softmax, unit_log2, args, work, row);
     }
     if (warpgroup == 0) wait_turn(); /* takes the arrival that nobody waits for */
 }
@@ -347,10 +341,7 @@ static __global__ __launch_bounds__(THREADS,
 
 extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
 {
-    forward_params params;
-    params.args = *args;
-    params.shape = {(uint32_t)plan->grid, (uint32_t)((args->seqlen_q + BLOCK_M - 1) / BLOCK_M),
-                    (uint32_t)plan->heads_at_once};
+    forward_params params = {{}, {}, {}, *args, fc::schedule(*args, *plan)};
     /* Without keys nothing is copied; the maps must be valid all the same. */
     const bool keys = args->seqlen_k > 0;
     cudaError_t error = fc::make_tensor_map(&params.query, args->query, args->head_dim, args->seqlen_q,

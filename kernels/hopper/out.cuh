@@ -62,13 +62,13 @@ __device__ __forceinline__ void write_out(float (&out)[HEAD_DIM / 2], const onli
             *row_of<float>(args.lse, work.batch, work.head, row) = sum == 0 ? -INFINITY : max + logf(sum);
 
         const float factor = shrink * rcp_approx_ftz(sum);
-        uint32_t pairs[HEAD_DIM / 4];
+        uint32_t pairs[HEAD_DIM / 8];
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; i++) {
-            /* A row that saw no key may hold 0 * NaN. */
-            const float low = saw_none ? 0.0f : out[4 * i + 2 * r] * factor;
-            const float high = saw_none ? 0.0f : out[4 * i + 2 * r + 1] * factor;
-            pairs[i] = pack<T>(low, high);
+        for (int i = 0; i < HEAD_DIM / 8; i++)
+            pairs[i] = pack<T>(out[4 * i + 2 * r] * factor, out[4 * i + 2 * r + 1] * factor);
+        if (__any_sync(0xffffffffu, saw_none)) { /* 0 / 0, or a hidden NaN */
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 8; i++) pairs[i] = saw_none ? 0 : pairs[i];
         }
         element *out_row = row_of<element>(to, work.batch, work.head, row);
         if (eights) {

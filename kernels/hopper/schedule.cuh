@@ -17,38 +17,78 @@
 
 namespace fc {
 
+/* n / divisor for n < 2^31 as a multiplication and a shift, since a GPU divides in a hundred instructions. With
+ * divisor <= 2^bits, magic is 2^(31 + bits) / divisor plus less than one, which adds less than n * 2^-(31 + bits) < 1 /
+ * divisor to the quotient (Granlund and Montgomery, 1994). */
+struct fast_divisor {
+    uint32_t divisor, magic, shift;
+
+    explicit fast_divisor(int64_t n = 1) : divisor((uint32_t)n), magic(0), shift(31)
+    {
+        while ((uint64_t)1 << (shift - 31) < divisor) shift++;
+        magic = (uint32_t)(((uint64_t)1 << shift) / divisor + 1);
+    }
+    __device__ __forceinline__ uint32_t divide(uint32_t n) const { return (uint32_t)((uint64_t)n * magic >> shift); }
+};
+
+/* Of a whole problem, made on the host. Its sizes fit in 30 bits; what a band leaves open is cut to as many. */
+struct schedule {
+    uint32_t num_tiles, row_tiles, group_tiles, num_groups;
+    fast_divisor by_group_tiles, by_heads, by_last_heads, by_num_heads_q, by_heads_per_kv; /* heads: of a group */
+    int seqlen_q, seqlen_k, band_left, band_right;
+
+    schedule(const fc_forward_args &args, const fc_plan &plan)
+    {
+        const int64_t heads = args.batch * args.num_heads_q, at_once = plan.heads_at_once;
+        num_tiles = (uint32_t)plan.grid;
+        row_tiles = (uint32_t)((args.seqlen_q + BLOCK_M - 1) / BLOCK_M);
+        group_tiles = (uint32_t)(at_once * row_tiles);
+        num_groups = (uint32_t)((heads + at_once - 1) / at_once);
+        by_group_tiles = fast_divisor(group_tiles);
+        by_heads = fast_divisor(at_once);
+        by_last_heads = fast_divisor(heads - (num_groups - 1) * at_once);
+        by_num_heads_q = fast_divisor(args.num_heads_q);
+        by_heads_per_kv = fast_divisor(args.num_heads_q / args.num_heads_kv);
+        seqlen_q = (int)args.seqlen_q;
+        seqlen_k = (int)args.seqlen_k;
+        band_left = clamp(args.band_left);
+        band_right = clamp(args.band_right);
+    }
+
+  private:
+    static int clamp(int64_t x)
+    {
+        const int64_t most = (int64_t)1 << 30;
+        return (int)(x < -most ? -most : x > most ? most : x);
+    }
+};
+
 struct tile_work {
     int batch, head, head_kv, row; /* rows row .. row + BLOCK_M - 1 */
     int first, end;                /* tiles of BLOCK_N keys first .. end - 1 hold all that they see */
 };
 
-struct tile_shape {
-    uint32_t num_tiles, row_tiles, heads_at_once;
-};
-
-__device__ __forceinline__ bool next_tile(const fc_forward_args &args, const tile_shape &shape, uint32_t &turn,
-                                          tile_work &work)
+__device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, tile_work &work)
 {
     const uint32_t place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const uint32_t tile = turn++ * gridDim.x + place;
-    if (tile >= shape.num_tiles) return false;
+    if (tile >= all.num_tiles) return false; /* at the end, the assembler no longer sees that a warp's lanes agree */
 
-    const uint32_t group = tile / (shape.heads_at_once * shape.row_tiles);
-    const uint32_t in_group = tile - group * shape.heads_at_once * shape.row_tiles;
-    const uint32_t first_head = group * shape.heads_at_once, num_heads = (uint32_t)args.num_heads_q;
-    const uint32_t heads = min(shape.heads_at_once, (uint32_t)args.batch * num_heads - first_head);
-    const uint32_t row_tile = in_group / heads;
-    const uint32_t head = first_head + in_group - row_tile * heads;
-    work.batch = (int)(head / num_heads);
-    work.head = (int)(head - (uint32_t)work.batch * num_heads);
-    work.head_kv = work.head / ((int)num_heads / (int)args.num_heads_kv);
-    work.row = (int)((shape.row_tiles - 1 - row_tile) * BLOCK_M);
+    const uint32_t group = all.by_group_tiles.divide(tile), in_group = tile - group * all.group_tiles;
+    const bool last = group + 1 == all.num_groups;
+    const uint32_t heads = last ? all.by_last_heads.divisor : all.by_heads.divisor;
+    const uint32_t row_tile = last ? all.by_last_heads.divide(in_group) : all.by_heads.divide(in_group);
+    const uint32_t head = group * all.by_heads.divisor + in_group - row_tile * heads;
+    work.batch = (int)all.by_num_heads_q.divide(head);
+    work.head = (int)head - work.batch * (int)all.by_num_heads_q.divisor;
+    work.head_kv = (int)all.by_heads_per_kv.divide((uint32_t)work.head);
+    work.row = (int)((all.row_tiles - 1 - row_tile) * BLOCK_M);
 
-    int first_key = 0, end_key = (int)args.seqlen_k;
+    int first_key = 0, end_key = all.seqlen_k;
     if (MASK != mask_class::full) {
-        const int64_t last_row = min(work.row + BLOCK_M, (int)args.seqlen_q) - 1;
-        first_key = (int)max((int64_t)0, work.row + args.band_left);
-        end_key = (int)min(args.seqlen_k, last_row + args.band_right + 1);
+        const int last_row = min(work.row + BLOCK_M, all.seqlen_q) - 1;
+        first_key = max(0, work.row + all.band_left);
+        end_key = min(end_key, last_row + all.band_right + 1);
     }
     work.first = first_key / BLOCK_N;
     work.end = end_key > first_key ? (end_key + BLOCK_N - 1) / BLOCK_N : work.first;
@@ -60,18 +100,18 @@ struct rows_view {
     int end;                    /* tiles work.first .. end - 1; none where the rows lie past the array */
     int first_whole, end_whole; /* all rows see all of these tiles: first_whole .. end_whole - 1 */
 
-    __device__ __forceinline__ rows_view(const fc_forward_args &args, const tile_work &work, int warpgroup)
+    __device__ __forceinline__ rows_view(const schedule &all, const tile_work &work, int warpgroup)
     {
-        const int first_row = work.row + 64 * warpgroup, last_row = min(first_row + 63, (int)args.seqlen_q - 1);
-        int64_t end_key = args.seqlen_k, end_whole_key = args.seqlen_k, first_whole_key = 0;
+        const int first_row = work.row + 64 * warpgroup, last_row = min(first_row + 63, all.seqlen_q - 1);
+        int end_key = all.seqlen_k, end_whole_key = all.seqlen_k, first_whole_key = 0;
         if (MASK != mask_class::full) {
-            end_key = min(end_key, last_row + args.band_right + 1);
-            end_whole_key = max((int64_t)0, min(end_whole_key, first_row + args.band_right + 1));
-            first_whole_key = max((int64_t)0, last_row + args.band_left);
+            end_key = min(end_key, last_row + all.band_right + 1);
+            end_whole_key = max(0, min(end_whole_key, first_row + all.band_right + 1));
+            first_whole_key = max(0, last_row + all.band_left);
         }
-        end = first_row < args.seqlen_q && end_key > 0 ? (int)((end_key + BLOCK_N - 1) / BLOCK_N) : 0;
-        end_whole = max(work.first, (int)(end_whole_key / BLOCK_N));
-        first_whole = max(work.first, (int)((first_whole_key + BLOCK_N - 1) / BLOCK_N));
+        end = first_row < all.seqlen_q && end_key > 0 ? (end_key + BLOCK_N - 1) / BLOCK_N : 0;
+        end_whole = max(work.first, end_whole_key / BLOCK_N);
+        first_whole = max(work.first, (first_whole_key + BLOCK_N - 1) / BLOCK_N);
     }
 };
 

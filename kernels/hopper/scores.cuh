@@ -12,31 +12,33 @@
 #include "common/mask.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "hopper/schedule.cuh"
 
 namespace fc {
 
+/* A bit for each of a row's BLOCK_N / 4 numbers in a thread, set where the number's column is below `end`, which is
+ * relative to the thread's first one. The assembler turns tests of such bits into few instructions. */
+__device__ __forceinline__ uint32_t columns_below(int end)
+{
+    static_assert(BLOCK_N / 4 <= 32, "a bit each");
+    const int whole = max(0, min(end, BLOCK_N)) / 8, count = 2 * whole + max(0, min(end - 8 * whole, 2));
+    return count < 32 ? (1u << count) - 1 : 0xffffffffu;
+}
+
 /* Hides what the band and the end of the keys hide. row: this thread's first one; key: the tile's first one, plus 2 t.
  */
-__device__ __forceinline__ void hide_outside(float (&s)[BLOCK_N / 2], const fc_forward_args &args, int row, int key)
+__device__ __forceinline__ void hide_outside(float (&s)[BLOCK_N / 2], const schedule &all, int row, int key)
 {
-    const int64_t last_key = args.seqlen_k - 1 - key;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int64_t corner = (int64_t)row + 8 * r - key;
-        const int64_t last = MASK == mask_class::full ? last_key : min(last_key, corner + args.band_right);
-        const int last_column = (int)max((int64_t)-1, min((int64_t)BLOCK_N, last));
+        const int corner = row + 8 * r - key;
+        int end = all.seqlen_k - key;
+        if (MASK != mask_class::full) end = min(end, corner + all.band_right + 1);
+        uint32_t visible = columns_below(end);
+        if (MASK != mask_class::full) visible &= ~columns_below(corner + all.band_left);
 #pragma unroll
         for (int c = 0; c < BLOCK_N / 4; c++)
-            if (8 * (c / 2) + c % 2 > last_column) s[4 * (c / 2) + 2 * r + c % 2] = -INFINITY;
-    }
-    if (MASK == mask_class::full || args.band_left <= -args.seqlen_q) return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int64_t first = (int64_t)row + 8 * r - key + args.band_left;
-        const int first_column = (int)max((int64_t)0, min((int64_t)BLOCK_N, first));
-#pragma unroll
-        for (int c = 0; c < BLOCK_N / 4; c++)
-            if (8 * (c / 2) + c % 2 < first_column) s[4 * (c / 2) + 2 * r + c % 2] = -INFINITY;
+            if (!(visible >> c & 1)) s[4 * (c / 2) + 2 * r + c % 2] = -INFINITY;
     }
 }
 

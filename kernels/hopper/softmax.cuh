@@ -6,7 +6,7 @@
  * at the end.
  *
  * The trick is to need no maximum. Any reference gives the same quotient as long as nothing overflows or vanishes, so a
- * row keeps the maximum of the first tile it sees, and a later tile is weighed by it at once; only where the
+ * row takes it from a few scores of the first tile it sees, and weighs each tile by it at once; only where the
  * tile's own sum says that some score passed the reference by far is its maximum looked for, out rescaled and the tile
  * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
  */
@@ -53,8 +53,22 @@ struct online_softmax {
 
     __device__ __forceinline__ online_softmax() : reference{-INFINITY, -INFINITY}, sum{0, 0} {}
 
+    /* For a row's first tile: any of its scores will do that is not far below the largest, so the largest of a few. The
+     * few are a tile's first keys, of which a causal row sees at least one. */
+    template <int COUNT> __device__ __forceinline__ void take_reference(const float (&s)[COUNT])
+    {
+        constexpr int FEW = COUNT < 32 ? COUNT : 32;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float max = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+            for (int i = 4; i < FEW; i += 4) max = fmaxf(max, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+            reference[r] = quad_max(max);
+        }
+    }
+
     /*
-     * A tile of which all is visible. unit_log2 is (the unit of s) * log2(e), positive. NATURAL: s is in natural units
+     * A tile's scores to weights. unit_log2 is (the unit of s) * log2(e), positive. NATURAL: s is in natural units
      * and may hold float32's finfo.min, so the reference is subtracted before the multiplication.
      */
     template <class T, bool NATURAL, int COUNT, int OUT>
@@ -74,7 +88,8 @@ struct online_softmax {
         }
     }
 
-    /* The classical step: for a row's first tile, for tiles with hidden scores, and where step() overflows. */
+  private:
+    /* The classical step. */
     template <class T, bool NATURAL, int COUNT, int OUT>
     __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
                                                       float (&out)[OUT], float unit_log2)
@@ -100,7 +115,6 @@ struct online_softmax {
         for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
     }
 
-  private:
     /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. */
     static constexpr float MOST = 16384;
     /* One fused multiply-add gives x * unit - reference * unit, but with the rounding of the latter, 2^-25 of it: up to
