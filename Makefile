@@ -15,7 +15,7 @@ NICE   := --disable-pip-version-check --quiet
 export FLASHCORE_STRICT ?= 1
 export FLASHCORE_CUDA_ARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 || echo 90a)
 
-C_SOURCES  := $(wildcard include/*.h csrc/*.[ch] csrc/*/*.[ch] kernels/*.h kernels/*/*.h kernels/*/*.cu kernels/*/*.cuh examples/*.c)
+C_SOURCES  := $(wildcard include/*.h csrc/*.[ch] csrc/*/*.[ch] tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*/*.cuh kernels/*.h kernels/*/*.h kernels/*/*.cu kernels/*/*.cuh examples/*.c)
 PY_SOURCES := setup.py flashcore tests benchmarks examples docs
 
 .PHONY: help demo test check test-build build format bench bench-cpu sanitize asan fuzz clean

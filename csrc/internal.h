@@ -52,6 +52,14 @@ int32_t fc_cpu_threads_to_wake(const fc_forward_args *args, const fc_plan *plan)
 int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                 const fc_plan *plan, char *buffer, size_t size);
 
+/* plan_hopper.c */
+bool fc_hopper_reads(const fc_forward_args *args);
+/* Words for it, to stand behind a sentence; "" where it does. */
+const char *fc_hopper_reads_what(const fc_forward_args *args);
+/* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. */
+void fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
+                           fc_plan *plan);
+
 /* device.c */
 fc_status fc_device_enter(int32_t device_id, int32_t *previous); /* makes a CUDA device current */
 void fc_device_leave(int32_t device_id, int32_t previous);

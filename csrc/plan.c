@@ -110,43 +110,11 @@ static int64_t num_tiles(const fc_forward_args *args, const fc_kernel *kernel)
     return args->batch * heads * ((rows + kernel->block_m - 1) / kernel->block_m);
 }
 
-/* Can Hopper's copy engine read this array? It wants rows of 16-byte pieces, none of them backwards. */
-static bool is_tma_readable(const fc_tensor *tensor, const int64_t shape[4])
-{
-    enum { EIGHT = 16 / 2, MOST = INT32_MAX / 2 - 1024 }; /* rows and keys are 32-bit numbers, and their sums too */
-    if ((uintptr_t)tensor->data % 16 != 0 || (tensor->strides[3] != 1 && shape[3] > 1)) return false;
-    for (int i = 0; i < 3; i++) {
-        int64_t stride = tensor->strides[i];
-        if (shape[i] > MOST) return false;
-        if (shape[i] > 1 && (stride < 0 || stride % EIGHT != 0 || stride >= (int64_t)1 << 39)) return false;
-    }
-    return true;
-}
-
-static bool is_hopper_readable(const fc_forward_args *args)
-{
-    const int64_t query[4] = {args->batch, args->num_heads_q, args->seqlen_q, args->head_dim};
-    const int64_t key[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim};
-    const int64_t value[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim_v};
-    return is_tma_readable(&args->query, query) && is_tma_readable(&args->key, key) &&
-           is_tma_readable(&args->value, value);
-}
-
-/* Words for it, to stand behind a sentence; "" where nothing is wrong. */
-static const char *what_hopper_reads(const fc_forward_args *args)
-{
-    return is_hopper_readable(args)
-               ? ""
-               : "; Hopper's kernels read query, key and value whose last dimension is contiguous, "
-                 "whose other strides are positive multiples of 8 elements, and whose data is "
-                 "aligned to 16 bytes: copy the array";
-}
-
 static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args)
 {
     if (kernel->dtype != FC_NONE && kernel->dtype != args->query.dtype) return false;
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
-    if (strcmp(kernel->family, "hopper") == 0 && (!is_hopper_readable(args) || num_tiles(args, kernel) > INT32_MAX))
+    if (strcmp(kernel->family, "hopper") == 0 && (!fc_hopper_reads(args) || num_tiles(args, kernel) > INT32_MAX))
         return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
@@ -211,7 +179,7 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                    where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
                    args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "",
                    p->kernel != NULL && strncmp(p->kernel, "hopper", 6) == 0 && fc_dtype_bytes(args->query.dtype) == 2
-                       ? what_hopper_reads(args)
+                       ? fc_hopper_reads_what(args)
                        : "");
 }
 
@@ -241,29 +209,6 @@ static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args 
     return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
-/*
- * Hopper's blocks each stay on one multiprocessor and share the tiles (kernels/hopper/schedule.cuh). Tiles are dealt
- * in pairs of turns that cost every block the same where costs fall linearly with the number dealt, which holds
- * for as many heads at once as give whole pairs: num_sms / 2 heads, of any even number of row tiles. Where the keys
- * and values of so many would not fit in the L2 cache, half as many; then four blocks or more read the same
- * keys at about the same time, which is as good. Without a mask all tiles cost the same, and one kv head's follow
- * each other.
- */
-static void plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device, fc_plan *plan)
-{
-    plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX; /* of one grid; a block takes more in turn */
-    if (strcmp(kernel->family, "hopper") != 0 || plan->grid == 0) return;
-    int64_t group = args->num_heads_q / args->num_heads_kv, heads = args->batch * args->num_heads_q;
-    int64_t bytes = 2 * args->seqlen_k * (args->head_dim + args->head_dim_v); /* of one kv head */
-    int64_t at_once = group;
-    if (strcmp(kernel->mask, "full") != 0) {
-        at_once = device->num_sms / 2;
-        if (at_once / group * bytes > device->l2_bytes * 4 / 5) at_once = device->num_sms / 4;
-    }
-    plan->heads_at_once = at_once < 1 ? 1 : at_once < heads ? at_once : heads;
-    if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
-}
-
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           fc_plan *plan)
 {
@@ -285,7 +230,11 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     plan->block_n = kernel->block_n;
     plan->num_splits = 1;
     plan->grid = num_tiles(args, kernel);
-    if (device->type == FC_CUDA) plan_blocks(args, kernel, device, plan);
+    if (device->type == FC_CUDA) {
+        plan->num_blocks =
+            plan->grid < INT32_MAX ? plan->grid : INT32_MAX; /* of one grid; a block takes more in turn */
+        if (strcmp(kernel->family, "hopper") == 0 && plan->grid > 0) fc_hopper_plan_blocks(args, kernel, device, plan);
+    }
     plan->num_threads = device->type == FC_CPU ? cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
@@ -317,7 +266,7 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
         snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here%s",
                  fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args),
-                 device->compute_capability == 90 && args->query.dtype != FC_FLOAT32 ? what_hopper_reads(args) : "");
+                 device->compute_capability == 90 && args->query.dtype != FC_FLOAT32 ? fc_hopper_reads_what(args) : "");
     else
         snprintf(why, sizeof why, "it is the first that serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
                  fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args));

@@ -166,6 +166,7 @@ typedef struct fc_plan {
     int64_t grid;             /* tiles of the output: tasks on the CPU */
     int64_t num_blocks;       /* thread blocks that share the tiles on a GPU; 0 on the CPU */
     int64_t heads_at_once;    /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
+    int64_t num_groups;       /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */

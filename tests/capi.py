@@ -83,6 +83,7 @@ class Plan(ctypes.Structure):
         ("grid", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
         ("heads_at_once", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
     ]
 
 

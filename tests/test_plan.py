@@ -535,29 +535,62 @@ def test_hopper_without_tiles(fields: dict[str, int]) -> None:
 
 @needs_hopper_build
 @pytest.mark.parametrize(
-    "fields,heads",
-    [
-        # without a mask: the heads that share keys
-        ({}, 1),
-        ({"num_heads_kv": 2}, 4),
-        ({"batch": 100, "num_heads_kv": 1}, 8),
-        # with one: half as many as multiprocessors, whose keys and values fit in the L2 cache of 50 MiB
-        ({"flags": CAUSAL}, 16),  # no more there
-        ({"flags": CAUSAL, "batch": 100}, 66),
-        ({"softcap": 1.0, "batch": 100}, 66),
-        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 2048}, 66),  # 66 * 512 KiB
-        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 4096}, 33),  # 66 * 1 MiB
-        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 4096, "num_heads_kv": 2}, 66),  # 16 kv heads' * 1 MiB
-        ({"flags": CAUSAL, "batch": 100, "seqlen_k": 16384, "num_heads_kv": 2}, 33),
-        ({"flags": CAUSAL, "batch": 2, "seqlen_k": 16384}, 16),
-    ],
+    "fields,heads,groups",
+    [({}, 1, 16), ({"num_heads_kv": 2}, 4, 4), ({"batch": 100, "num_heads_kv": 1}, 8, 100)],
     ids=str,
 )
-def test_hopper_heads_at_once(fields: dict[str, Any], heads: int) -> None:
+def test_without_a_mask_the_heads_that_share_keys_follow_each_other(
+    fields: dict[str, int], heads: int, groups: int
+) -> None:
     status, plan = capi.plan(capi.shapes_only(**fields), HOPPER)
     assert status == OK
-    assert name_of(plan).startswith("hopper")
-    assert plan.heads_at_once == heads
+    assert name_of(plan).endswith("full")
+    assert (plan.heads_at_once, plan.num_groups) == (heads, groups)
+
+
+def _loads(plan: capi.Plan, heads: int, row_tiles: int, causal_keys: int) -> list[int]:
+    """Keys that each block walks, by the rule of kernels/hopper/schedule.cuh, a tile's own cost being that of 256."""
+    tiles = []
+    for group in range(plan.num_groups):
+        in_group = plan.heads_at_once if group + 1 < plan.num_groups else heads - group * plan.heads_at_once
+        for row_tile in reversed(range(row_tiles)):
+            tiles += [256 + min(causal_keys, (row_tile + 1) * plan.block_m)] * in_group
+    loads = [0] * plan.num_blocks
+    for i, cost in enumerate(tiles):
+        turn, place = divmod(i, plan.num_blocks)
+        loads[plan.num_blocks - 1 - place if turn % 2 else place] += cost
+    assert len(tiles) == plan.grid
+    return loads
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen", [300, 512, 1000, 1024, 2048, 4096, 16384])
+@pytest.mark.parametrize("num_sms", [114, 132])
+def test_causal_tiles_are_dealt_evenly(seqlen: int, head_dim: int, num_sms: int) -> None:
+    batch, heads = max(1, 16384 // seqlen), 2048 // head_dim
+    problem = capi.shapes_only(
+        batch=batch, num_heads_q=heads, num_heads_kv=heads, seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim,
+        head_dim_v=head_dim, flags=CAUSAL,
+    )  # fmt: skip
+    for _ in range(2):  # chosen, and remembered
+        status, plan = capi.plan(problem, capi.gpu_device(90, num_sms))
+        assert status == OK
+        assert name_of(plan).endswith("band")
+        loads = _loads(plan, batch * heads, -(-seqlen // plan.block_m), seqlen)
+        assert sum(loads) / (max(loads) * len(loads)) > 0.92  # of ten turns or so, the last is not full
+
+
+@needs_hopper_build
+def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
+    def choice(batch: int) -> tuple[int, int]:
+        plan = capi.plan(capi.shapes_only(batch=batch, seqlen_q=1000, flags=CAUSAL), HOPPER)[1]
+        return plan.heads_at_once, plan.num_groups
+
+    batches = range(1, 200)  # more than are remembered
+    once = [choice(batch) for batch in batches]
+    assert [choice(batch) for batch in reversed(batches)] == once[::-1]
+    assert len(set(once)) > 20
 
 
 @needs_cuda_build

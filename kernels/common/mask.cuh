@@ -81,10 +81,6 @@ __device__ __forceinline__ void apply_attn_mask(float (&s)[ROWS][KEYS], const ty
 }
 
 /* One byte a key; only ever compared with zero. */
-struct boolean {
-    using element = uint8_t;
-    static __device__ __forceinline__ float to_float(element x) { return x; }
-};
 
 /* s: q.k in, scores in natural units out; -inf where the row does not see the key. (i, j): the tile's corner. */
 template <class T, int ROWS, int KEYS>

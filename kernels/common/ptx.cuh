@@ -24,6 +24,20 @@ static __device__ __forceinline__ float rcp_approx_ftz(float a)
     return d;
 }
 
+/* Two float32 rounded to 16 bits each, the first in the upper half. */
+static __device__ __forceinline__ uint32_t cvt_rn_f16x2(float high, float low)
+{
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+static __device__ __forceinline__ uint32_t cvt_rn_bf16x2(float high, float low)
+{
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
 /*
  * ---- sm_90: barriers in shared memory, the copy engine (TMA), register shares ----
  *
@@ -104,6 +118,22 @@ static __device__ __forceinline__ void bar_sync(int barrier, int threads)
 static __device__ __forceinline__ void bar_arrive(int barrier, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+/* Waits for `threads` threads; whether any of them says so. */
+static __device__ __forceinline__ bool bar_red_or(int barrier, int threads, bool mine)
+{
+    uint32_t any;
+    asm volatile("{\n"
+                 ".reg .pred mine, any;\n"
+                 "setp.ne.u32 mine, %3, 0;\n"
+                 "barrier.cta.red.or.pred any, %1, %2, mine;\n"
+                 "selp.u32 %0, 1, 0, any;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(barrier), "r"(threads), "r"((uint32_t)mine)
+                 : "memory");
+    return any != 0;
 }
 
 #endif /* FC_COMMON_PTX_CUH */

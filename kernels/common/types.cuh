@@ -40,6 +40,13 @@ struct float32 {
     static __device__ __forceinline__ element from_float(float x) { return x; }
 };
 
+/* Masks only: one byte, zero or not. */
+struct boolean {
+    using element = uint8_t;
+    static constexpr int32_t dtype = FC_BOOL;
+    static __device__ __forceinline__ float to_float(element x) { return x; }
+};
+
 /* Four neighbours, moved by one instruction of 8 or 16 bytes. */
 template <class T> struct alignas(4 * sizeof(typename T::element)) four {
     typename T::element x[4];

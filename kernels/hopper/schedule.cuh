@@ -43,7 +43,7 @@ struct schedule {
         num_tiles = (uint32_t)plan.grid;
         row_tiles = (uint32_t)((args.seqlen_q + BLOCK_M - 1) / BLOCK_M);
         group_tiles = (uint32_t)(at_once * row_tiles);
-        num_groups = (uint32_t)((heads + at_once - 1) / at_once);
+        num_groups = (uint32_t)plan.num_groups;
         by_group_tiles = fast_divisor(group_tiles);
         by_heads = fast_divisor(at_once);
         by_last_heads = fast_divisor(heads - (num_groups - 1) * at_once);
@@ -74,7 +74,8 @@ __device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, t
     const uint32_t tile = turn++ * gridDim.x + place;
     if (tile >= all.num_tiles) return false; /* at the end, the assembler no longer sees that a warp's lanes agree */
 
-    const uint32_t group = all.by_group_tiles.divide(tile), in_group = tile - group * all.group_tiles;
+    const uint32_t group = min(all.by_group_tiles.divide(tile), all.num_groups - 1);
+    const uint32_t in_group = tile - group * all.group_tiles;
     const bool last = group + 1 == all.num_groups;
     const uint32_t heads = last ? all.by_last_heads.divisor : all.by_heads.divisor;
     const uint32_t row_tile = last ? all.by_last_heads.divide(in_group) : all.by_heads.divide(in_group);
@@ -97,21 +98,23 @@ __device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, t
 
 /* What one warpgroup's 64 rows see of their tile's keys. */
 struct rows_view {
-    int end;                    /* tiles work.first .. end - 1; none where the rows lie past the array */
+    int first, end;             /* tiles first .. end - 1; none where the rows lie past the array */
     int first_whole, end_whole; /* all rows see all of these tiles: first_whole .. end_whole - 1 */
 
     __device__ __forceinline__ rows_view(const schedule &all, const tile_work &work, int warpgroup)
     {
         const int first_row = work.row + 64 * warpgroup, last_row = min(first_row + 63, all.seqlen_q - 1);
-        int end_key = all.seqlen_k, end_whole_key = all.seqlen_k, first_whole_key = 0;
+        int first_key = 0, end_key = all.seqlen_k, first_whole_key = 0, end_whole_key = all.seqlen_k;
         if (MASK != mask_class::full) {
+            first_key = max(0, first_row + all.band_left);
             end_key = min(end_key, last_row + all.band_right + 1);
             end_whole_key = max(0, min(end_whole_key, first_row + all.band_right + 1));
             first_whole_key = max(0, last_row + all.band_left);
         }
-        end = first_row < all.seqlen_q && end_key > 0 ? (end_key + BLOCK_N - 1) / BLOCK_N : 0;
-        end_whole = max(work.first, end_whole_key / BLOCK_N);
-        first_whole = max(work.first, (first_whole_key + BLOCK_N - 1) / BLOCK_N);
+        first = max(work.first, first_key / BLOCK_N);
+        end = first_row < all.seqlen_q && end_key > 0 ? min(work.end, (end_key + BLOCK_N - 1) / BLOCK_N) : 0;
+        first_whole = max(first, (first_whole_key + BLOCK_N - 1) / BLOCK_N);
+        end_whole = max(first, end_whole_key / BLOCK_N);
     }
 };
 

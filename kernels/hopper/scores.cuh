@@ -9,10 +9,11 @@
 
 #include <math.h>
 
-#include "common/mask.cuh"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
 #include "hopper/schedule.cuh"
+#include "hopper/softmax.cuh"
 
 namespace fc {
 
@@ -25,81 +26,49 @@ __device__ __forceinline__ uint32_t columns_below(int end)
     return count < 32 ? (1u << count) - 1 : 0xffffffffu;
 }
 
-/* Hides what the band and the end of the keys hide. row: this thread's first one; key: the tile's first one, plus 2 t.
- */
-__device__ __forceinline__ void hide_outside(float (&s)[BLOCK_N / 2], const schedule &all, int row, int key)
+/* What the band and the end of the keys leave of row g + 8 r. row: this thread's first; key: the tile's, plus 2 t. */
+__device__ __forceinline__ uint32_t visible_columns(const schedule &all, int row, int key, int r)
 {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int corner = row + 8 * r - key;
-        int end = all.seqlen_k - key;
-        if (MASK != mask_class::full) end = min(end, corner + all.band_right + 1);
-        uint32_t visible = columns_below(end);
-        if (MASK != mask_class::full) visible &= ~columns_below(corner + all.band_left);
-#pragma unroll
-        for (int c = 0; c < BLOCK_N / 4; c++)
-            if (!(visible >> c & 1)) s[4 * (c / 2) + 2 * r + c % 2] = -INFINITY;
-    }
+    const int corner = row + 8 * r - key, end = all.seqlen_k - key;
+    if (MASK == mask_class::full) return columns_below(end);
+    return columns_below(min(end, corner + all.band_right + 1)) & ~columns_below(corner + all.band_left);
 }
 
-/* Adds a float mask, or hides what a bool mask denies, where the problem has keys and rows at all. */
-template <class M, bool IS_BOOL>
-__device__ __forceinline__ void apply_attn_mask(float (&s)[BLOCK_N / 2], const fc_forward_args &args, int batch,
-                                                int head, int row, int key)
+/* Of one row's numbers in this thread. */
+__device__ __forceinline__ bool are_all_visible(uint32_t visible)
 {
-    const fc_tensor &mask = args.attn_mask;
-    const typename M::element *corner =
-        row_of<const typename M::element>(mask, batch, head, row) + key * mask.strides[3];
-    const int rows = (int)min((int64_t)BLOCK_M, args.seqlen_q - row);
-    const int keys = (int)min((int64_t)BLOCK_N, args.seqlen_k - key);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        if (8 * r >= rows) continue;
-#pragma unroll
-        for (int c = 0; c < BLOCK_N / 4; c++) {
-            const int column = 8 * (c / 2) + c % 2;
-            float &x = s[4 * (c / 2) + 2 * r + c % 2];
-            if (column >= keys) continue;
-            const typename M::element given = corner[8 * r * mask.strides[2] + column * mask.strides[3]];
-            if (IS_BOOL) {
-                if (given == 0) x = -INFINITY;
-            } else {
-                x += M::to_float(given);
-            }
-        }
-    }
+    return visible << (32 - BLOCK_N / 4) == 0xffffffffu << (32 - BLOCK_N / 4);
 }
 
-/* Every option but the band: q.k in, scores in natural units out. */
-template <class T>
-__device__ __forceinline__ void finish_scores(float (&s)[BLOCK_N / 2], const fc_forward_args &args, int batch, int head,
-                                              int row, int key)
+/* visible: a bit for each of the row's numbers in this thread. */
+__device__ __forceinline__ void hide(float (&s)[BLOCK_N / 2], int r, uint32_t visible)
 {
-    const float scale = (float)args.scale;
-    if (args.softcap != 0) {
-        const float softcap = (float)args.softcap, inner = (float)(args.scale / args.softcap);
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; i++) s[i] = softcap * tanhf(s[i] * inner);
-    } else {
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= scale;
-    }
+    for (int c = 0; c < BLOCK_N / 4; c++)
+        if (!(visible >> c & 1)) s[4 * (c / 2) + 2 * r + c % 2] = -INFINITY;
+}
 
-    if (args.attn_mask.dtype == FC_BOOL) {
-        apply_attn_mask<boolean, true>(s, args, batch, head, row, key);
-    } else if (args.attn_mask.dtype == FC_FLOAT32) {
-        apply_attn_mask<float32, false>(s, args, batch, head, row, key);
-    } else if (args.attn_mask.dtype != FC_NONE) {
-        apply_attn_mask<T, false>(s, args, batch, head, row, key);
-    }
+/* tanh within some 2^-22 of itself, without a branch. Beyond 0.6 by tanh(x) = 1 - 2 / (exp(2 x) + 1), which below would
+ * cancel; there x times a polynomial in x^2, fitted to tanh(x) / x with a relative error of 3e-9. */
+__device__ __forceinline__ float tanh_both(float x)
+{
+    const float t = x * x;
+    float ratio = -0.005845389794558287f;
+    ratio = fmaf(ratio, t, 0.02074749395251274f);
+    ratio = fmaf(ratio, t, -0.05376675724983215f);
+    ratio = fmaf(ratio, t, 0.13331663608551025f);
+    ratio = fmaf(ratio, t, -0.3333328068256378f);
+    ratio = fmaf(ratio, t, 1.0f);
+    const float large = fmaf(-2, rcp_approx_ftz(ex2_approx_ftz(x * (2 * LOG2_E)) + 1), 1);
+    return fabsf(x) < 0.6f ? x * ratio : large;
+}
 
-    if (args.alibi_slopes.dtype != FC_NONE) {
-        const float slope = head_value<T>(args.alibi_slopes, batch, head);
-        const float distance = (float)(key - row - args.diagonal);
+/* s - slope * |key - row - diagonal|. distance: that of this thread's first number, before its absolute value. */
+__device__ __forceinline__ void take_distance(float (&s)[BLOCK_N / 2], float slope, float distance)
+{
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; i++)
-            s[i] -= slope * fabsf(distance + (float)(8 * (i / 4) + i % 2 - 8 * (i / 2 % 2)));
-    }
+    for (int i = 0; i < BLOCK_N / 2; i++)
+        s[i] = fmaf(-slope, fabsf(distance + (float)(8 * (i / 4) + i % 2 - 8 * (i / 2 % 2))), s[i]);
 }
 
 } // namespace fc

@@ -18,33 +18,16 @@
 
 #include "common/ptx.cuh"
 #include "common/types.cuh"
+#include "hopper/quad.cuh"
 
 namespace fc {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-/* What the four lanes of a quad hold of a row, joined. */
-__device__ __forceinline__ float quad_max(float x)
-{
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x)
-{
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 /* Two float32 as one register of two 16-bit numbers, the first in the lower half. */
 template <class T> __device__ __forceinline__ uint32_t pack(float low, float high)
 {
-    uint32_t pair;
-    if constexpr (T::dtype == FC_FLOAT16) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    }
-    return pair;
+    return T::dtype == FC_FLOAT16 ? cvt_rn_f16x2(high, low) : cvt_rn_bf16x2(high, low);
 }
 
 struct online_softmax {
@@ -53,8 +36,8 @@ struct online_softmax {
 
     __device__ __forceinline__ online_softmax() : reference{-INFINITY, -INFINITY}, sum{0, 0} {}
 
-    /* For a row's first tile: any of its scores will do that is not far below the largest, so the largest of a few. The
-     * few are a tile's first keys, of which a causal row sees at least one. */
+    /* For a row that has seen nothing: any of its scores will do that is not far below the largest, so the largest of a
+     * few. The few are a tile's first keys, of which a causal row sees at least one. */
     template <int COUNT> __device__ __forceinline__ void take_reference(const float (&s)[COUNT])
     {
         constexpr int FEW = COUNT < 32 ? COUNT : 32;
@@ -63,34 +46,35 @@ struct online_softmax {
             float max = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
             for (int i = 4; i < FEW; i += 4) max = fmaxf(max, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-            reference[r] = quad_max(max);
+            max = quad_max(max);
+            if (reference[r] == -INFINITY) reference[r] = max;
         }
     }
 
     /*
-     * A tile's scores to weights. unit_log2 is (the unit of s) * log2(e), positive. NATURAL: s is in natural units
-     * and may hold float32's finfo.min, so the reference is subtracted before the multiplication.
+     * A tile's scores to weights. unit_log2 is (the unit of s) * log2(e), positive. Scores of float32's finfo.min, from
+     * a mask, are no harm: their product is -inf, unless they are the row's reference, which then is not small.
      */
-    template <class T, bool NATURAL, int COUNT, int OUT>
+    template <class T, int COUNT, int OUT>
     __device__ __forceinline__ void step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
                                          float unit_log2)
     {
         float tile_sum[2];
-        weigh<T, NATURAL>(s, p, tile_sum, reference, unit_log2);
+        weigh<T, false>(s, p, tile_sum, reference, unit_log2);
         /* False for NaN, too, and for a row that has seen nothing, whose reference is -inf. */
         const bool sums_fit = tile_sum[0] < MOST && tile_sum[1] < MOST;
         const bool rounds_well = fmaxf(fabsf(reference[0]), fabsf(reference[1])) * unit_log2 < LARGE;
-        if (__all_sync(0xffffffffu, sums_fit && (NATURAL || rounds_well))) {
+        if (__all_sync(0xffffffffu, sums_fit && rounds_well)) {
             sum[0] += tile_sum[0];
             sum[1] += tile_sum[1];
         } else {
-            step_with_maximum<T, NATURAL>(s, p, out, unit_log2);
+            step_with_maximum<T>(s, p, out, unit_log2);
         }
     }
 
   private:
     /* The classical step. */
-    template <class T, bool NATURAL, int COUNT, int OUT>
+    template <class T, int COUNT, int OUT>
     __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
                                                       float (&out)[OUT], float unit_log2)
     {

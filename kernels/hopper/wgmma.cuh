@@ -147,9 +147,9 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
                      : "memory");                                                                                      \
     }
 
-/* Tiles of 64, 80 and 128 keys; head_dims of 64, 128 and 256. */
+/* Tiles of 32, 64 and 128 keys; head_dims of 64, 128 and 256. */
+FC_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 FC_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
-FC_WGMMA(80, 40, 40, 41, 42, 43, 44, 45)
 FC_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 FC_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 

@@ -1,0 +1,154 @@
+/*
+ * plan_hopper.c - plan.c's part for Hopper: which arrays its copy engine reads, and how tiles are dealt to blocks.
+ *
+ * Each block stays on one multiprocessor. Tiles are dealt to the blocks like cards, in turns of opposite direction
+ * (kernels/hopper/schedule.cuh): group after group of heads, and in a group row after row from the last. Under a
+ * causal mask costs fall linearly within a group, so two turns that fall into one group cost every block the same. The
+ * choice is the size of the groups: whether the loads come out even depends on how it divides the turns, in no simple
+ * way, and the fewer heads at once, the more blocks read the same keys while they are in the L2 cache.
+ *
+ * The trick is to try: a few sizes are dealt here as the kernel will, and the most even one is kept in mind for the
+ * next call of these sizes.
+ */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "internal.h"
+
+/* One array: rows of 16-byte pieces, none of them backwards; rows and keys are 32-bit numbers, and their sums too. */
+static bool is_readable(const fc_tensor *tensor, const int64_t shape[4])
+{
+    enum { EIGHT = 16 / 2, MOST = INT32_MAX / 2 - 1024 };
+    if ((uintptr_t)tensor->data % 16 != 0 || (tensor->strides[3] != 1 && shape[3] > 1)) return false;
+    for (int i = 0; i < 3; i++) {
+        int64_t stride = tensor->strides[i];
+        if (shape[i] > MOST) return false;
+        if (shape[i] > 1 && (stride < 0 || stride % EIGHT != 0 || stride >= (int64_t)1 << 39)) return false;
+    }
+    return true;
+}
+
+bool fc_hopper_reads(const fc_forward_args *args)
+{
+    const int64_t query[4] = {args->batch, args->num_heads_q, args->seqlen_q, args->head_dim};
+    const int64_t key[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim};
+    const int64_t value[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim_v};
+    return is_readable(&args->query, query) && is_readable(&args->key, key) && is_readable(&args->value, value);
+}
+
+const char *fc_hopper_reads_what(const fc_forward_args *args)
+{
+    return fc_hopper_reads(args) ? ""
+                                 : "; Hopper's kernels read query, key and value whose last dimension is contiguous, "
+                                   "whose other strides are positive multiples of 8 elements, and whose data is "
+                                   "aligned to 16 bytes: copy the array";
+}
+
+enum { MOST_BLOCKS = 256, MOST_ROW_TILES = 1024, MOST_TURNS = 64, MEMO = 64 };
+
+/* What the tiles of one head cost, from the last rows up, in keys; a tile's own cost is that of some 256. Measured on
+ * an H100: 4,000 to 5,000 cycles beside 16 to 36 a key. */
+static void find_costs(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, int64_t costs[])
+{
+    for (int64_t i = 0; i < row_tiles; i++) {
+        int64_t first_row = (row_tiles - 1 - i) * block_m, end_row = first_row + block_m;
+        if (end_row > args->seqlen_q) end_row = args->seqlen_q;
+        int64_t first = first_row + args->band_left, end = end_row + args->band_right;
+        if (first < 0) first = 0;
+        if (end > args->seqlen_k) end = args->seqlen_k;
+        costs[i] = 256 + (end > first ? end - first : 0);
+    }
+}
+
+/* The share of their time that the blocks work, where the one with the most sets it. */
+static double evenness(const int64_t costs[], int64_t row_tiles, int64_t heads, int64_t at_once, int64_t num_groups,
+                       int64_t num_blocks)
+{
+    int64_t loads[MOST_BLOCKS] = {0}, all = 0, most = 0, place = 0, step = 1;
+    for (int64_t group = 0; group < num_groups; group++) {
+        int64_t in_group = group + 1 < num_groups ? at_once : heads - group * at_once;
+        for (int64_t i = 0; i < row_tiles; i++) {
+            for (int64_t head = 0; head < in_group; head++) {
+                loads[place] += costs[i];
+                if (place + step < 0 || place + step == num_blocks)
+                    step = -step; /* the next turn begins where this one ends */
+                else
+                    place += step;
+            }
+        }
+    }
+    for (int64_t i = 0; i < num_blocks; i++) {
+        all += loads[i];
+        if (loads[i] > most) most = loads[i];
+    }
+    return (double)all / (double)(most * num_blocks);
+}
+
+/* Everything that the choice depends on, in 64 bits. Two problems that share them share a choice, which at worst is
+ * slow. */
+static uint64_t fingerprint(const fc_forward_args *args, int64_t heads, int64_t block_m, int64_t num_blocks)
+{
+    const int64_t facts[] = {heads,           args->num_heads_kv, args->seqlen_q, args->seqlen_k,
+                             args->band_left, args->band_right,   args->head_dim, block_m,
+                             num_blocks};
+    uint64_t mixed = 0;
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
+        mixed = (mixed ^ (uint64_t)facts[i]) * 0x9e3779b97f4a7c15u; /* 2^64 / the golden ratio */
+        mixed ^= mixed >> 32;
+    }
+    return mixed;
+}
+
+/* Sets heads_at_once and num_groups, of which the last takes the rest of the heads. */
+static void choose_groups(const fc_forward_args *args, const fc_device *device, int64_t block_m, fc_plan *plan)
+{
+    int64_t heads = args->batch * args->num_heads_q, group = args->num_heads_q / args->num_heads_kv;
+    int64_t row_tiles = (args->seqlen_q + block_m - 1) / block_m, blocks = plan->num_blocks;
+    plan->heads_at_once = blocks < 4 ? 1 : blocks / 4;
+    if (plan->heads_at_once > heads) plan->heads_at_once = heads;
+    plan->num_groups = heads / plan->heads_at_once;
+    if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || plan->grid > blocks * MOST_TURNS) return;
+
+    static _Atomic uint64_t
+        memo[MEMO]; /* 48 bits of a fingerprint, heads_at_once, whether the last group is a short one */
+    uint64_t print = fingerprint(args, heads, block_m, blocks);
+    _Atomic uint64_t *entry = &memo[print % MEMO];
+    uint64_t known = atomic_load_explicit(entry, memory_order_relaxed);
+    if (known != 0 && known >> 16 == print >> 16) {
+        plan->heads_at_once = (int64_t)(known >> 1 & 0x7fff);
+        plan->num_groups = heads / plan->heads_at_once + (int64_t)(known & 1);
+        return;
+    }
+
+    int64_t costs[MOST_ROW_TILES], bytes = 2 * args->seqlen_k * (args->head_dim + args->head_dim_v); /* a kv head's */
+    find_costs(args, block_m, row_tiles, costs);
+    const int64_t tries[] = {blocks / 4, 2 * blocks / 11, blocks / 6, blocks / 8, blocks / 11, blocks / 12};
+    double best = 0;
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        int64_t at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
+        /* Keys beyond the cache come from memory as often as blocks ask at different times: up to 6% of the time. */
+        bool is_cached = at_once / group * bytes <= device->l2_bytes * 4 / 5;
+        double lost = is_cached ? 0 : 0.06 * (double)at_once / (double)tries[0];
+        for (int64_t is_short = 0; is_short <= (heads % at_once != 0); is_short++) {
+            int64_t num_groups = heads / at_once + is_short;
+            double score = evenness(costs, row_tiles, heads, at_once, num_groups, blocks) - lost;
+            if (score < best + 0.005) continue; /* as good as equal: the earlier one */
+            best = score;
+            plan->heads_at_once = at_once;
+            plan->num_groups = num_groups;
+            known = print >> 16 << 16 | (uint64_t)at_once << 1 | (uint64_t)is_short;
+        }
+    }
+    atomic_store_explicit(entry, known, memory_order_relaxed);
+}
+
+void fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device, fc_plan *plan)
+{
+    if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
+    if (strcmp(kernel->mask, "full") == 0) { /* all tiles cost the same: those that share keys follow each other */
+        plan->heads_at_once = args->num_heads_q / args->num_heads_kv;
+        plan->num_groups = args->batch * args->num_heads_kv;
+    } else {
+        choose_groups(args, device, kernel->block_m, plan);
+    }
+}

@@ -1,0 +1,108 @@
+"""Hopper's kernels on the CPU: their own source, compiled with tests/emulator in place of the hardware.
+
+attention() takes NumPy arrays of float16 or bfloat16 and goes the way of a call on a GPU: fc_check, fc_plan_forward,
+the launcher. See tests/emulator/emulator.h for what that can find and what not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import capi
+import numpy as np
+from reference import Array
+
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDES = [f"-I{ROOT / folder}" for folder in ("tests/emulator", "kernels", "include", "csrc")]
+DEFINES = ["-DFC_WITH_CUDA=1", "-DFC_BUILD_90A=1", '-DFC_CUDA_ARCHS="90a"']
+COLUMNS = ("FC_FAMILY", "FC_DTYPE", "FC_HEAD_DIM", "FC_MASK", "FC_BLOCK_M", "FC_BLOCK_N", "FC_THREADS")
+
+
+def lacks() -> str:
+    """Why it cannot be built here, or nothing."""
+    return "" if shutil.which("g++") and shutil.which("gcc") else "needs gcc and g++"
+
+
+def build(folder: Path) -> Any:
+    """Compiles every row of the family, two at a time, and loads them with the planner: some 20 seconds."""
+    jobs = []
+    for row in re.findall(r"^FC_VARIANT\((hopper,[^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M):
+        values = [column.strip() for column in row.split(",")]
+        name = "_".join(values[:4])
+        # A namespace of its own, since all rows have functions of the same names.
+        defines = [f"-D{key}={value}" for key, value in zip(COLUMNS, values, strict=False)] + [f"-Dfc=fc_{name}"]
+        jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / "kernels/hopper/forward.cu"), *defines, name])
+    jobs.append(["g++", "-std=c++17", str(ROOT / "tests/emulator/emulator.cpp"), "emulator"])
+    for name in ("check", "plan", "plan_hopper", "error"):
+        jobs.append(["gcc", "-std=c11", "-D_GNU_SOURCE", str(ROOT / f"csrc/{name}.c"), name])
+
+    def run(job: list[str]) -> str:
+        *command, name = job
+        target = str(folder / f"{name}.o")
+        subprocess.run([*command, "-O1", "-fPIC", "-w", *INCLUDES, *DEFINES, "-c", "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(run, jobs))
+    library = folder / "emulated.so"
+    subprocess.run(["g++", "-shared", "-o", str(library), *objects, "-lm"], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def attention(
+    library: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    is_causal: bool | str = False,
+    scale: float | None = None,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    diagonal: int | str = 0,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    layout: str = "bhsd",
+    num_sms: int = 3,
+) -> tuple[Array, Array] | None:
+    """Out and lse, NaN where nothing was written; None where no row of the family serves. Few multiprocessors make many
+    tiles for each."""
+    if layout == "bshd":
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    batch, heads, rows, _ = query.shape
+    out = np.full((batch, heads, rows, value.shape[-1]), np.nan, query.dtype)
+    lse = np.full((batch, heads, rows), np.nan, np.float32)
+    flags = capi.CAUSAL * bool(is_causal) | capi.LOWER_RIGHT * ("lower_right" in (is_causal, diagonal))
+    fields: dict[str, Any] = {"lse": lse, "kernel": b"hopper"}
+    if scale is not None:
+        flags |= capi.SCALE
+        fields["scale"] = scale
+    for flag, name, edge in zip(
+        (capi.WINDOW_LEFT, capi.WINDOW_RIGHT), ("window_left", "window_right"), window or (None, None), strict=True
+    ):
+        if edge not in (None, -1):
+            flags |= flag
+            fields[name] = edge
+    if isinstance(diagonal, int):
+        fields["diagonal"] = diagonal
+    if softcap is not None:
+        fields["softcap"] = softcap
+    if attn_mask is not None:
+        fields["attn_mask"] = np.broadcast_to(attn_mask, (batch, heads, rows, key.shape[2]))
+    for name, given in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if given is not None:
+            fields[name] = np.broadcast_to(given, (batch, heads))
+    problem = capi.problem(query, key, value, out, flags=flags, **fields)
+    problem.device_type = capi.CUDA
+    status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(capi.gpu_device(90, num_sms)))
+    if status == capi.UNSUPPORTED:
+        return None
+    assert status == capi.OK, f"status {status}: a block is stuck" if status < 0 else f"status {status}"
+    return (out.swapaxes(1, 2) if layout == "bshd" else out), lse

@@ -1,0 +1,119 @@
+/*
+ * ptx.cuh - in place of kernels/common/ptx.cuh: what each instruction does, on fibers.
+ *
+ * A shared address is the offset in the block's shared memory. A barrier in it is known by its address.
+ */
+#ifndef FC_COMMON_PTX_CUH
+#define FC_COMMON_PTX_CUH
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <map>
+
+inline float ex2_approx_ftz(float a)
+{
+    const float d = exp2f(a);
+    return d < 1.17549435e-38f ? 0 : d;
+}
+inline float rcp_approx_ftz(float a)
+{
+    return 1 / a;
+}
+inline uint32_t cvt_rn_f16x2(float high, float low)
+{
+    return (uint32_t)__half_as_ushort(__float2half_rn(high)) << 16 | __half_as_ushort(__float2half_rn(low));
+}
+inline uint32_t cvt_rn_bf16x2(float high, float low)
+{
+    return (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16 |
+           __bfloat16_as_ushort(__float2bfloat16_rn(low));
+}
+
+inline uint32_t shared_address(const void *pointer)
+{
+    return (uint32_t)((const unsigned char *)pointer - dynamic_smem);
+}
+
+struct emulator_mbarrier {
+    uint32_t count = 0, arrived = 0, phase = 0;
+    int64_t bytes = 0; /* still to come */
+
+    void settle()
+    {
+        if (arrived == count && bytes == 0) arrived = 0, phase++, emulator_progress();
+    }
+};
+inline std::map<uint32_t, emulator_mbarrier> emulator_mbarriers; /* of the block that runs */
+inline std::map<int, emulator_meeting> emulator_named_barriers;
+
+inline void mbarrier_init(uint32_t barrier, uint32_t count)
+{
+    emulator_mbarriers[barrier] = {count, 0, 0, 0};
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(uint32_t barrier)
+{
+    emulator_mbarrier &it = emulator_mbarriers.at(barrier);
+    it.arrived++;
+    it.settle();
+}
+inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes)
+{
+    emulator_mbarriers.at(barrier).bytes += bytes;
+    mbarrier_arrive(barrier);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity)
+{
+    while ((emulator_mbarriers.at(barrier).phase & 1) == parity) emulator_yield();
+}
+
+inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier, int column, int row,
+                                 int head, int batch)
+{
+    for (int r = 0; r < map->box_rows; r++) {
+        for (int c = 0; c < 64; c++) {
+            const int64_t at[4] = {column + c, row + r, head, batch};
+            uint16_t x = 0;
+            bool inside = true;
+            int64_t offset = 0;
+            for (int i = 0; i < 4; i++) {
+                inside &= 0 <= at[i] && at[i] < map->sizes[i];
+                offset += at[i] * map->strides[i];
+            }
+            if (inside) memcpy(&x, map->data + offset, 2);
+            memcpy(dynamic_smem + target + 128 * r + 2 * c, &x, 2);
+        }
+    }
+    emulator_mbarrier &it = emulator_mbarriers.at(barrier);
+    it.bytes -= 128 * map->box_rows;
+    it.settle();
+}
+inline void prefetch_tensormap(const CUtensorMap *) {}
+
+template <int COUNT> void setmaxnreg_inc() {}
+template <int COUNT> void setmaxnreg_dec() {}
+
+/* Arrivals that somebody waits for and such that nobody does count alike. */
+inline void bar_arrive(int barrier, int threads)
+{
+    emulator_meeting &it = emulator_named_barriers[barrier];
+    if (++it.arrived == threads) it.arrived = 0, it.generation++, emulator_progress();
+}
+inline void bar_sync(int barrier, int threads)
+{
+    emulator_meet(emulator_named_barriers[barrier], threads, [] {});
+}
+inline bool bar_red_or(int barrier, int threads, bool mine)
+{
+    static std::map<int, std::pair<bool, bool>> votes; /* so far, and of the last meeting */
+    auto &vote = votes[barrier];
+    vote.first |= mine;
+    emulator_meet(emulator_named_barriers[barrier], threads, [&] { vote = {false, vote.first}; });
+    const bool any = vote.second;
+    emulator_meet(emulator_named_barriers[barrier + 100], threads, [] {}); /* all have read */
+    return any;
+}
+
+#endif /* FC_COMMON_PTX_CUH */

@@ -1,0 +1,2 @@
+/* cuda_runtime.h - in place of the CUDA Toolkit's. */
+#include "emulator.h"

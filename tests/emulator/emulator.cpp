@@ -1,0 +1,138 @@
+/*
+ * emulator.cpp - the fibers of emulator.h, and the way in for the tests.
+ */
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#include "common/ptx.cuh"
+extern "C" {
+#include "internal.h"
+}
+
+dim3 threadIdx, blockIdx, gridDim;
+alignas(1024) unsigned char dynamic_smem[232448]; /* what a block of sm_90 may ask for */
+
+namespace {
+
+constexpr int STACK_BYTES = 64 * 1024, PATIENCE = 20; /* rounds through all fibers in which nothing happens */
+
+struct fiber {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
+    bool ended;
+};
+
+std::vector<fiber> fibers;
+std::vector<emulator_warp> warps;
+std::vector<emulator_warpgroup> warpgroups;
+emulator_meeting all_threads;
+int num_threads;
+bool progress;
+ucontext_t scheduler;
+void (*kernel)(const void *);
+const void *kernel_params;
+
+void run_fiber()
+{
+    kernel(kernel_params);
+    fibers[threadIdx.x].ended = progress = true;
+    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+bool run_block()
+{
+    emulator_mbarriers.clear();
+    emulator_named_barriers.clear();
+    memset(dynamic_smem, 0xff, sizeof dynamic_smem); /* NaN */
+    for (int i = 0; i < num_threads; i++) {
+        fiber &it = fibers[i];
+        it.ended = false;
+        getcontext(&it.context);
+        it.context.uc_stack.ss_sp = it.stack.get();
+        it.context.uc_stack.ss_size = STACK_BYTES;
+        it.context.uc_link = nullptr;
+        makecontext(&it.context, run_fiber, 0);
+    }
+    for (int left = num_threads, idle = 0; left > 0;) {
+        progress = false;
+        for (int i = 0; i < num_threads; i++) {
+            if (fibers[i].ended) continue;
+            threadIdx.x = (unsigned)i;
+            swapcontext(&scheduler, &fibers[i].context);
+            left -= fibers[i].ended;
+        }
+        idle = progress ? 0 : idle + 1;
+        if (idle == PATIENCE) return false;
+    }
+    return true;
+}
+
+} // namespace
+
+void emulator_yield()
+{
+    const unsigned self = threadIdx.x;
+    swapcontext(&fibers[self].context, &scheduler);
+    threadIdx.x = self;
+}
+void emulator_progress()
+{
+    progress = true;
+}
+emulator_warp &emulator_this_warp()
+{
+    return warps[threadIdx.x / 32];
+}
+emulator_warpgroup &emulator_this_warpgroup()
+{
+    return warpgroups[threadIdx.x / 128];
+}
+void __syncthreads()
+{
+    emulator_meet(all_threads, num_threads, [] {});
+}
+
+cudaError_t emulator_run(int blocks, int threads, int smem_bytes, void (*run)(const void *), const void *params)
+{
+    if (smem_bytes > (int)sizeof dynamic_smem) return cudaErrorLaunchFailure;
+    num_threads = threads, kernel = run, kernel_params = params;
+    fibers.resize((size_t)threads);
+    gridDim.x = (unsigned)blocks;
+    for (int block = 0; block < blocks; block++) {
+        warps.assign((size_t)threads / 32, {});
+        warpgroups.assign((size_t)threads / 128, {});
+        blockIdx.x = (unsigned)block;
+        if (!run_block()) return cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+}
+
+/* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or the
+ * kernel's error negated. */
+extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attention_problem *given,
+                                                                 const fc_device *device)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    fc_plan plan = {};
+    plan.struct_size = sizeof plan;
+    int status = fc_check(given, true, &problem, &args);
+    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, &plan);
+    if (status != FC_OK || plan.grid == 0) return status;
+    return -fc_kernels[plan.kernel].launcher(&args, &plan, nullptr, nullptr);
+}
+
+/* The planner's table names the kernels that are not here, too. */
+#define STUB_hopper(name)
+#define STUB_portable(name)                                                                                            \
+    extern "C" int name(const fc_forward_args *, const fc_plan *, void *, void *)                                      \
+    {                                                                                                                  \
+        return cudaErrorLaunchFailure;                                                                                 \
+    }
+#define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
+    STUB_##family(fc_##family##_forward_##dtype##_d##head_dim##_##mask)
+#include "variants.def"

@@ -1,0 +1,127 @@
+"""Hopper's kernels against the oracle where there is no GPU: results and barriers, on the emulator of emulated.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import emulated
+import numpy as np
+import pytest
+import reference
+from cases import DTYPES, Case
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from reference import Array
+from strategies import problems
+
+pytestmark = pytest.mark.skipif(bool(emulated.lacks()), reason=emulated.lacks() or "it can be built")
+HALVES = ["float16", "bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Array, Array] | None]:
+    library = emulated.build(tmp_path_factory.mktemp("emulated"))
+    return lambda *args, **options: emulated.attention(library, *args, **options)
+
+
+def _check(hopper: Any, *arrays: Array, num_sms: int = 3, **options: Any) -> None:
+    result = hopper(*arrays, num_sms=num_sms, **options)
+    assert result is not None, "no row serves"
+    reference.expect(*arrays, **options).check(*result)
+
+
+def _normal(*shape: int, dtype: str = "float16", seed: int = 1) -> Array:
+    return cases.place(np.random.default_rng(seed).standard_normal(shape).astype(DTYPES[dtype]))
+
+
+def _qkv(rows: int, keys: int, dim: int, heads: int = 2, heads_kv: int = 1, **more: Any) -> tuple[Array, Array, Array]:
+    shapes = ((1, heads, rows, dim), (1, heads_kv, keys, dim), (1, heads_kv, keys, dim))
+    return tuple(_normal(*shape, seed=seed, **more) for seed, shape in enumerate(shapes))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", cases.params())
+def test_case(hopper: Any, case: Case, dtype: str) -> None:
+    made = cases.inputs(case, DTYPES[dtype])
+    result = hopper(*made.arrays, **made.options)
+    if result is None:
+        pytest.skip("Hopper's kernels do not read these arrays")
+    cases.expected(case, DTYPES[dtype]).check(*result)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (70, 3)}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("rows,keys", [(130, 130), (20, 190), (500, 260)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_many_tiles_for_each_block(hopper: Any, dim: int, rows: int, keys: int, options: dict[str, Any]) -> None:
+    _check(hopper, *_qkv(rows, keys, dim, heads=6, heads_kv=2), num_sms=2, **options)
+
+
+def _padding(keys: int) -> Array:
+    return np.arange(keys) < [[[[90]]]]
+
+
+def _blocks(rows: int, keys: int) -> Array:
+    return np.arange(rows)[:, None] // 130 == np.arange(keys) // 130
+
+
+MASKS: dict[str, Callable[[int, int], Array]] = {
+    "padding": lambda rows, keys: _padding(keys),
+    "padding_left": lambda rows, keys: ~_padding(keys),
+    "all_hidden": lambda rows, keys: np.zeros((1, 1, 1, keys), bool),
+    "one_key": lambda rows, keys: np.arange(keys).reshape(1, 1, 1, keys) == keys // 2,
+    "blocks": _blocks,
+    "blocks_of_float": lambda rows, keys: np.where(_blocks(rows, keys), 0, -np.inf).astype(np.float16),
+    "blocks_of_float32": lambda rows, keys: np.where(_blocks(rows, keys), 0, -np.inf).astype(np.float32),
+    "padding_of_float": lambda rows, keys: np.where(_padding(keys), 0, -np.inf).astype(np.float16),
+    "padding_of_float32": lambda rows, keys: np.where(_padding(keys), 0.5, -np.inf).astype(np.float32),
+    "lowest_rows": lambda rows, keys: np.where(
+        np.arange(rows)[:, None] % 2 == 0, np.finfo(np.float32).min, np.zeros((rows, keys), np.float32)
+    ),
+    "sprinkled": lambda rows, keys: np.random.default_rng(3).random((rows, keys)) < 0.5,
+    "bias": lambda rows, keys: _normal(2, rows, keys)[None],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": "lower_right"}, {"window": (40, 70)}], ids=str)
+@pytest.mark.parametrize("keys", [384, 390])  # rows of whole 16 bytes, and others
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(hopper: Any, name: str, dim: int, keys: int, options: dict[str, Any]) -> None:
+    rows = 300
+    mask = cases.place(MASKS[name](rows, keys))
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    _check(hopper, *_qkv(rows, keys, dim), attn_mask=mask, **options)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", [None, _padding(300)], ids=["band", "general"])
+def test_keys_that_a_mask_hides_are_not_read(hopper: Any, mask: Array | None, dim: int) -> None:
+    """Beyond the tiles that hold visible keys, that is: within one, 0 * NaN is NaN."""
+    q, k, v = _qkv(100, 300, dim)
+    options: dict[str, Any] = {"is_causal": True} if mask is None else {"attn_mask": cases.place(mask)}
+    right = reference.expect(q, k, v, **options)
+    k[:, :, 128:], v[:, :, 128:] = np.nan, np.inf
+    right.check(*hopper(q, k, v, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 50.0}], ids=str)
+def test_scores_that_leap(hopper: Any, options: dict[str, Any]) -> None:
+    """Keys whose scores pass the reference by far, tile after tile: the fast step must notice."""
+    q, k, v = _qkv(200, 700, 64)
+    k *= np.linspace(20, 0.1, 700, dtype=np.float16)[:, None]
+    _check(hopper, q, k, v, **options)
+
+
+@given(case=problems(), dtype=st.sampled_from(HALVES), num_sms=st.integers(1, 4))
+@settings(
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+def test_any_problem(hopper: Any, case: Case, dtype: str, num_sms: int) -> None:
+    made = cases.inputs(case, DTYPES[dtype])
+    assume(made.arrays[0].ndim == 4)
+    result = hopper(*made.arrays, num_sms=num_sms, **made.options)
+    assume(result is not None)
+    reference.expect(*made.arrays, **made.options).check(*result)
