@@ -3,21 +3,21 @@
  *
  *     query [BLOCK_M, head_dim], key [BLOCK_N, head_dim], value [BLOCK_N, head_dim_v] -> out [BLOCK_M, head_dim_v]
  *
- * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One warp drives the
- * copy engine; two or three warpgroups of 64 rows each compute. A warpgroup walks its tiles of keys from
- * the last to the first, since the masked ones are the last, and its out never leaves its registers.
+ * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread drives the
+ * copy engine; two or three warpgroups of 64 rows each compute. A warpgroup walks its tiles of keys from the last to
+ * the first, since the masked ones are the last, and its out never leaves its registers.
  *
- * The trick is that softmax hides behind matrix products, twice over: a warpgroup issues the next tile's q.k and
- * then this tile's p.v, and computes the next softmax while p.v runs; and the warpgroups take turns
- * issuing, so that one's softmax runs under another's products.
+ * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
+ * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products.
  *
- *     barrier           completes by                                          means
- *     query_full[stage] the copies (1 arrival with their bytes)               this query may be read
- *     query_empty[stage] each warp, after the tile's last q.k                 it may be overwritten
- *     key_full[stage]   the copies                                            this key tile may be read
- *     key_empty[stage]  each warp, after its q.k of it                        it may be overwritten
+ *     barrier                completes by                                            means
+ *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
+ *     query_empty[stage]     every computing warp, after the tile's last q.k         it may be overwritten
+ *     key_full[stage]        its copies                                              this key tile may be read
+ *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
- *     TURN + w (named)  warpgroup w waits, warpgroup w - 1 arrives            w may issue its products
+ *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
+ *     VOTE + w (named, 128)  the threads of warpgroup w                              whether its rows see the tile
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
