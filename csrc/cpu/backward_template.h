@@ -66,7 +66,7 @@ static void find_band(const fc_forward_args *args, int64_t first_row, int64_t ro
     *end = clamp(first_row + rows - 1 + args->band_right + 1, *begin, args->seqlen_k);
 }
 
-/* Something of size 1, or one index of it: what a task owns along one dimension. */
+/* What a task owns along one dimension. */
 struct range {
     int64_t begin, end;
 };
@@ -90,14 +90,15 @@ static void sum_exp(const block *t, const struct run *run, int64_t row, real *ma
     real *score = t->score + row * BLOCK_N, old_max = *max;
     int64_t first, last;
     visible_keys(t, row, &first, &last);
-    for (int64_t key = run->begin; key < run->end; key += LANES) {
+    for (int64_t key = run->begin / LANES * LANES; key < run->end; key += LANES) {
         vec slope = {0}, s = finish_score(t, load(score + key), row, key, first, last, &slope);
         store(score + key, s);
         for (int lane = 0; lane < LANES; lane++) *max = s[lane] > *max ? s[lane] : *max;
     }
     if (*max == (real)-INFINITY) return;
     vec sums = {0};
-    for (int64_t key = run->begin; key < run->end; key += LANES) sums += exp_lanes(load(score + key) - *max);
+    for (int64_t key = run->begin / LANES * LANES; key < run->end; key += LANES)
+        sums += exp_lanes(load(score + key) - *max);
     *sum *= exp_lanes(broadcast(old_max - *max))[0];
     for (int lane = 0; lane < LANES; lane++) *sum += sums[lane];
 }
@@ -128,7 +129,7 @@ static void count_again(block *t, const struct row_tile *tile, real *base, real 
         t->query = load_lines(&args->query, element(&args->query, tile->batch, tile->head, tile->first_row), tile->rows,
                               args->head_dim, t->base, t->query_copy, &t->query_stride);
         for (int i = 0; i < num_runs; i++) {
-            score_run(t, &runs[i]);
+            multiply_keys(&runs[i], t->key_lanes, t->query, t->query_stride, args->head_dim, t->score);
             for (int64_t row = runs[i].row; row < runs[i].row + runs[i].rows; row++)
                 if (again[row]) sum_exp(t, &runs[i], row, &max[row], &sum[row]);
         }
@@ -237,7 +238,7 @@ static void sum_sinks(const struct backward_job *job)
 static void add_to_keys(block *t, const struct run *run)
 {
     const fc_backward_args *args = t->job->args;
-    int64_t keys = clamp(run->end, 0, t->keys) - run->begin, place = run->row * BLOCK_N + run->begin;
+    int64_t keys = run->end - run->begin, place = run->row * BLOCK_N + run->begin;
     if (args->dv.dtype != FC_NONE)
         multiply(t->value_width / LANES, keys, t->dout + run->row * t->dout_stride, t->dout_stride, t->score + place,
                  BLOCK_N, 1, run->rows, t->dv + run->begin * t->value_width, t->value_width, true);
@@ -258,7 +259,7 @@ static void add_to_dq(const block *t, const struct row_tile *tile, const struct 
     fc_cpu_wait_for(ticket, turn, &job->out_of_memory);
     for (int i = 0; i < num_runs; i++) {
         const struct run *run = &runs[i];
-        int64_t keys = clamp(run->end, 0, t->keys) - run->begin;
+        int64_t keys = run->end - run->begin;
         multiply(t->head_width / LANES, run->rows, t->key + run->begin * t->key_stride, t->key_stride,
                  t->gradient + run->row * BLOCK_N + run->begin, 1, BLOCK_N, keys, dq + run->row * stride, stride, true);
     }
@@ -307,10 +308,8 @@ static void differentiate_tile(block *t, const struct row_tile *tile, int turn)
                              t->args->head_dim_v, t->base, t->dout_copy, &t->dout_stride);
     }
     for (int i = 0; i < num_runs; i++) {
-        score_run(t, &runs[i]);
-        multiply((runs[i].end - runs[i].begin) / LANES, runs[i].rows, t->value_lanes + runs[i].begin, BLOCK_N,
-                 t->dout + runs[i].row * t->dout_stride, 1, t->dout_stride, t->args->head_dim_v,
-                 t->gradient + runs[i].row * BLOCK_N + runs[i].begin, BLOCK_N, false);
+        multiply_keys(&runs[i], t->key_lanes, t->query, t->query_stride, t->args->head_dim, t->score);
+        multiply_keys(&runs[i], t->value_lanes, t->dout, t->dout_stride, t->args->head_dim_v, t->gradient);
         differentiate_run(t, &runs[i]);
         add_to_keys(t, &runs[i]);
     }
@@ -439,7 +438,7 @@ static fc_status backward(const fc_backward_args *args, const fc_plan *plan, voi
     }
     if (atomic_load(&job.out_of_memory))
         return fc_fail(FC_OUT_OF_MEMORY,
-                       "no memory for the CPU kernel's scratch (under 3 MiB a thread): free some, or lower num_threads "
+                       "no memory for the CPU kernel's scratch (under 2 MiB a thread): free some, or lower num_threads "
                        "(now %d)",
                        (int)plan->num_threads);
     return FC_OK;

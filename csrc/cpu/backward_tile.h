@@ -10,8 +10,9 @@
  *   dK[key][d]    += sum_row  dS[row][key] * Q[row][d]
  *   dQ[row][d]    += sum_key  dS[row][key] * K[key][d]
  *
- * and what belongs to a row (lse, delta, ALiBi's slope) is a scalar. A granule is GRANULE rows or keys: the step in
- * which bands, dark rows and masks skip work. A run is a run of granules of rows that see the same granules of keys.
+ * and what belongs to a row (lse, delta, ALiBi's slope) is a scalar. Bands, dark rows and masks skip work in granules
+ * of GRANULE rows: a run is granules whose rows see something of the same keys. No other key of the block is read for
+ * them.
  *
  * Included by backward_template.h once per element type.
  */
@@ -28,7 +29,7 @@
 #define load_mask_row     FC_CPU_NAME(load_mask_row)
 #define narrow_granule    FC_CPU_NAME(narrow_granule)
 #define find_runs         FC_CPU_NAME(find_runs)
-#define score_run         FC_CPU_NAME(score_run)
+#define multiply_keys     FC_CPU_NAME(multiply_keys)
 #define finish_score      FC_CPU_NAME(finish_score)
 #define differentiate_row FC_CPU_NAME(differentiate_row)
 #define differentiate_run FC_CPU_NAME(differentiate_run)
@@ -47,7 +48,7 @@ struct backward_job {
     atomic_bool out_of_memory;
 };
 
-/* Rows of a tile, and the keys of the block that they see: whole granules, the last one perhaps beyond the block. */
+/* Rows of a tile, and the keys of the block from the first to the last that one of them sees. */
 struct run {
     int64_t row, rows, begin, end;
 };
@@ -207,7 +208,7 @@ static void load_mask_row(block *t, int64_t row, int64_t begin, int64_t end, int
     if (end > *last) *last = end;
 }
 
-/* The keys that some row of a granule sees, *begin .. *end - 1, in whole granules. */
+/* Keys *begin .. *end - 1: from the first to the last that some row of a granule sees. */
 static void narrow_granule(block *t, int64_t row, int64_t *begin, int64_t *end)
 {
     int64_t last_row = row + GRANULE < t->rows ? row + GRANULE : t->rows;
@@ -223,8 +224,6 @@ static void narrow_granule(block *t, int64_t row, int64_t *begin, int64_t *end)
             if (last > *end) *end = last;
         }
     }
-    *begin = *begin / GRANULE * GRANULE;
-    *end = round_up(*end, GRANULE);
 }
 
 static int find_runs(block *t, struct run runs[GRANULES])
@@ -243,12 +242,13 @@ static int find_runs(block *t, struct run runs[GRANULES])
     return count;
 }
 
-/* score = query . key, times what key_lanes was multiplied with. */
-static void score_run(const block *t, const struct run *run)
+/* to[row][key] = from[row] . key, for a run's rows and whole vectors of keys around its own. */
+static void multiply_keys(const struct run *run, const real *keys, const real *from, int64_t stride, int64_t depth,
+                          real *to)
 {
-    multiply((run->end - run->begin) / LANES, run->rows, t->key_lanes + run->begin, BLOCK_N,
-             t->query + run->row * t->query_stride, 1, t->query_stride, t->args->head_dim,
-             t->score + run->row * BLOCK_N + run->begin, BLOCK_N, false);
+    int64_t begin = run->begin / LANES * LANES, end = round_up(run->end, LANES);
+    multiply((end - begin) / LANES, run->rows, keys + begin, BLOCK_N, from + run->row * stride, 1, stride, depth,
+             to + run->row * BLOCK_N + begin, BLOCK_N, false);
 }
 
 /* The rest of the formula on one vector of products, of a row with the keys from `key`; -inf where hidden. *slope is
@@ -283,14 +283,18 @@ FC_INLINE void differentiate_row(const block *t, const struct run *run, int64_t 
     real base = t->base[row], inverse = t->inverse[row], delta = t->delta[row];
     int64_t first, last;
     visible_keys(t, row, &first, &last);
-    for (int64_t key = run->begin; key < run->end; key += LANES) {
+    for (int64_t key = run->begin / LANES * LANES; key < run->end; key += LANES) {
         vec slope = broadcast((real)t->args->scale), s = load(score + key);
         if (!plain) s = finish_score(t, s, row, key, first, last, &slope);
         vec p = exp_lanes(s - base) * inverse;
         vec ds = p * (load(gradient + key) - delta);
-        if (!plain) ds = select_lanes(s == (real)-INFINITY, (vec){0}, ds); /* a hidden key's value may be NaN */
+        vec dr = ds * slope;
+        if (!plain) { /* what is hidden may be NaN */
+            ds = select_lanes(s == (real)-INFINITY, (vec){0}, ds);
+            dr = select_lanes(s == (real)-INFINITY, (vec){0}, dr);
+        }
         store(score + key, p);
-        store(gradient + key, ds * slope);
+        store(gradient + key, dr);
         if (!plain && t->bias) store(t->bias + row * BLOCK_N + key, ds);
     }
 }
