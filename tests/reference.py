@@ -200,11 +200,12 @@ def _derivative(
     difference = dout @ values.swapaxes(-1, -2) + (1 if absolute else -1) * delta[..., None]
     # A key with no probability has no part in it, though its value be NaN.
     ds = store(np.where(soft.probability == 0, 0, soft.probability * difference))
-    dr = size(soft.scale * soft.slope) * ds
+    slope = 2 - soft.slope if absolute else soft.slope  # 1 - tanh^2 without its cancellation
+    dr = size(soft.scale) * slope * ds
     group = query.shape[-3] // max(key.shape[-3], 1)
 
     def over_heads(x: Array) -> Array:
-        return x.reshape(*x.shape[:-3], -1, max(group, 1), *x.shape[-2:]).sum(axis=-3) if group != 1 else x
+        return x.reshape(*x.shape[:-3], x.shape[-3] // group, group, *x.shape[-2:]).sum(axis=-3)
 
     dq = store(dr @ keys)
     dk = store(over_heads(dr.swapaxes(-1, -2) @ query)) if group else np.zeros_like(key)
@@ -309,8 +310,9 @@ def expect_gradients(
     An element's size is what it would be if no two of its terms cancelled. The noise is that of the sums, of the
     exponential, and of a score and an lse that are each off by eps of themselves: p is the exponential of their
     difference, where the forward's two scores come from one sum. The half unit is for gradients of so few elements
-    (dsinks) that their rounding may be lucky. The cap keeps a result of zeros from passing wherever a gradient is more
-    than noise. dbias is summed to the shape of attn_mask, dsinks to that of sinks.
+    (dsinks) that their rounding may be lucky. The cap keeps a result of zeros from passing, but where the largest
+    gradient is less than one unit of rounding of what it is summed from: with one visible key dq is zero, and its sum
+    in float16 is not. dbias is summed to the shape of attn_mask, dsinks to that of sinks.
     """
     right = gradients(query, key, value, dout, dlse, **options)
     rough = rounded_gradients(query, key, value, dout, dlse, **options)
@@ -337,9 +339,12 @@ def expect_gradients(
         lossy = lossy.astype(array.dtype).astype(exact.dtype)  # a mask or sinks may be narrower than the query
         noise = unit * whole
         last_place = float(ml_dtypes.finfo(array.dtype).eps) / 2 * np.abs(exact)
+        unit_of_terms = float(ml_dtypes.finfo(array.dtype).eps) * _largest(whole)
         bound = 2 * _errors(lossy, exact).max(initial=0) + noise + last_place
+        if _largest(exact) > unit_of_terms:
+            bound = np.minimum(bound, np.maximum(_largest(exact) / 2, noise))
         expected.values[name] = exact
-        expected.bounds[name] = np.minimum(bound, np.maximum(_largest(exact) / 2, noise))
+        expected.bounds[name] = bound
         expected.sizes[name] = whole
     return expected
 
