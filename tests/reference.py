@@ -305,14 +305,17 @@ def expect_gradients(
     """The oracle's gradients with their error bounds.
 
     bound = 2 x the error of `rounded_gradients` + half a unit in the element's last place + noise, capped at half of
-    the largest gradient or the noise; noise = eps x (8 + 2 x the largest |scale q.k|) x the element's size.
+    the largest gradient or the noise;
+    noise = eps x (8 + the largest |scale q.k| + the largest |scale| |q| |k| + the number of terms / 4) x the element's
+    size.
 
-    An element's size is what it would be if no two of its terms cancelled. The noise is that of the sums, of the
-    exponential, and of a score and an lse that are each off by eps of themselves: p is the exponential of their
-    difference, where the forward's two scores come from one sum. The half unit is for gradients of so few elements
-    (dsinks) that their rounding may be lucky. The cap keeps a result of zeros from passing, but where the largest
-    gradient is less than one unit of rounding of what it is summed from: with one visible key dq is zero, and its sum
-    in float16 is not. dbias is summed to the shape of attn_mask, dsinks to that of sinks.
+    An element's size is what it would be if no two of its terms cancelled. The noise is that of the exponential; of
+    lse, which is rounded by itself; of the score, a sum whose terms may cancel; and of the sums, whose roundings point
+    one way where rows repeat. The half unit, and for dsinks that of out over the root of the number of rows, is for
+    gradients of so few elements that the yardstick's rounding may be lucky; the smallest numbers there are come on top.
+    The cap keeps a result of zeros from passing, but where the largest gradient is less than one unit of rounding of
+    what it is summed from: with one visible key dq is zero, and its sum in float16 is not. dbias is summed to the shape
+    of attn_mask, dsinks to that of sinks.
     """
     right = gradients(query, key, value, dout, dlse, **options)
     rough = rounded_gradients(query, key, value, dout, dlse, **options)
@@ -324,8 +327,13 @@ def expect_gradients(
     if options.get("layout") == "bshd":
         heads = [x.swapaxes(-3, -2) for x in heads]
     product = heads[0] @ _repeat_heads(heads[0], heads[1]).swapaxes(-1, -2)
-    score = abs(query.shape[-1] ** -0.5 if scale is None else scale) * _largest(product)
-    unit = float(np.finfo(sums).eps) * (8 + 2 * score)
+    unit_scale = abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    score = unit_scale * _largest(product)
+    rows, keys = heads[0].shape[-2], heads[1].shape[-2]
+    group = heads[0].shape[-3] // max(heads[1].shape[-3], 1)
+    norms = [_largest(np.linalg.norm(x, axis=-1)) for x in heads]
+    reach = unit_scale * norms[0] * norms[1]
+    unit = float(np.finfo(sums).eps) * (8 + score + reach + (group * rows + keys) / 4)
 
     like = {"dq": query, "dk": key, "dv": value}
     mask, sinks = options.get("attn_mask"), options.get("sinks")
@@ -339,12 +347,15 @@ def expect_gradients(
         lossy = lossy.astype(array.dtype).astype(exact.dtype)  # a mask or sinks may be narrower than the query
         noise = unit * whole
         last_place = float(ml_dtypes.finfo(array.dtype).eps) / 2 * np.abs(exact)
+        if name == "dsinks":
+            last_place = last_place + float(ml_dtypes.finfo(query.dtype).eps) / 2 * whole / max(rows, 1) ** 0.5
         unit_of_terms = float(ml_dtypes.finfo(array.dtype).eps) * _largest(whole)
         bound = 2 * _errors(lossy, exact).max(initial=0) + noise + last_place
         if _largest(exact) > unit_of_terms:
             bound = np.minimum(bound, np.maximum(_largest(exact) / 2, noise))
         expected.values[name] = exact
-        expected.bounds[name] = bound
+        smallest = float(ml_dtypes.finfo(array.dtype).smallest_subnormal) + float(np.finfo(sums).smallest_normal)
+        expected.bounds[name] = bound + smallest
         expected.sizes[name] = whole
     return expected
 

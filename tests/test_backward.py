@@ -282,6 +282,17 @@ def test_dsinks_are_summed_to_the_shape_of_the_sinks(shape: tuple[int, ...], dty
     check(call, expected)
 
 
+@pytest.mark.parametrize("sink", [-5000.0, -4998.0, -6000.0, 0.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_lse_far_from_zero_keeps_its_sum(dtype: str, sink: float) -> None:
+    """Scores and a sink of some -5000: their differences are what counts, and lse alone cannot hold them in float32."""
+    case = Case("far_from_zero", num_heads_q=4, seqlen_q=100, seqlen_k=300)
+    made = cases.inputs(case, DTYPES[dtype])
+    mask = cases.place(np.full((1, 1), -5000, DTYPES[dtype]))
+    sinks = cases.place(np.full(4, sink, DTYPES[dtype]))
+    check(*_with_options(case, made, {"attn_mask": mask, "sinks": sinks}))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dout_may_repeat(dtype: str) -> None:
     """out.sum() has a gradient of one element with strides of 0."""
@@ -329,6 +340,19 @@ def test_keys_and_values_behind_a_sequence_end_do_not_matter(lengths: tuple[int,
     for b, length in enumerate(lengths):
         made.key[b, :, length:] = np.nan
         made.value[b, :, length:] = np.nan
+    check(call, expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_a_mask_hides_between_others_does_not_matter(dtype: str, kind: str) -> None:
+    case = Case("hole", seqlen_q=100, seqlen_k=200)
+    made = cases.inputs(case, DTYPES[dtype])
+    visible = np.ones((1, 200), bool)
+    visible[:, 50:60] = False
+    mask = visible if kind == "bool" else np.where(visible, 0.5, -np.inf).astype(DTYPES[dtype])
+    call, expected = _with_options(case, made, {"attn_mask": cases.place(mask)})
+    made.value[:, :, 50:60] = np.nan
     check(call, expected)
 
 

@@ -23,6 +23,7 @@
 #define FC_CPU_BACKWARD_TEMPLATE_H
 
 #define dot                 FC_CPU_NAME(dot)
+#define is_coarse           FC_CPU_NAME(is_coarse)
 #define count_again         FC_CPU_NAME(count_again)
 #define sum_exp             FC_CPU_NAME(sum_exp)
 #define prepare_row         FC_CPU_NAME(prepare_row)
@@ -104,16 +105,21 @@ static void sum_exp(const block *t, const struct run *run, int64_t row, real *ma
 }
 
 /* lse is a sum of two numbers, max + log(sum), and where the first is large the second is lost in rounding: under a
- * mask of finfo.min, exp(score - lse) is 1 for each of n equal keys and not 1/n. So for such rows both are found again:
- * p = exp(score - max) / sum. */
-static void count_again(block *t, const struct row_tile *tile, real *base, real *inverse, real most)
+ * mask of finfo.min, exp(score - lse) is 1 for each of n equal keys and not 1/n. Up to 1024 an lse is rounded by 2^-15
+ * (2^-44) at most, and so is p, relatively; above it both numbers are found again: p = exp(score - max) / sum. */
+static bool is_coarse(real lse)
+{
+    return lse < -1024 || (lse > 1024 && lse < (real)INFINITY);
+}
+
+static void count_again(block *t, const struct row_tile *tile, real *base, real *inverse)
 {
     const fc_forward_args *args = t->args;
     const fc_tensor *sinks = &args->sinks;
     real max[BLOCK_M], sum[BLOCK_M];
     bool again[BLOCK_M];
     for (int64_t row = 0; row < tile->rows; row++) {
-        again[row] = base[row] < -most || (base[row] > most && base[row] < (real)INFINITY);
+        again[row] = is_coarse(base[row]);
         max[row] = (real)-INFINITY;
         if (sinks->dtype != FC_NONE)
             load_row(&max[row], element(sinks, tile->batch, tile->head, 0), sinks->dtype, 0, 1);
@@ -184,7 +190,6 @@ static void prepare_rows(void *context, int64_t number)
     real *delta = (real *)(job->workspace + job->layout.delta) + tile.index;
     real *base = (real *)(job->workspace + job->layout.base) + tile.index;
     real *inverse = (real *)(job->workspace + job->layout.inverse) + tile.index;
-    const real most = 1024; /* lse up to here is rounded by 2^-14 (2^-43) at most, and p by that part of itself */
     bool again = false;
     block t;
     if (!find_room(&t, job)) {
@@ -193,9 +198,9 @@ static void prepare_rows(void *context, int64_t number)
     }
     for (int64_t row = 0; row < tile.rows; row++) {
         prepare_row(&t, &tile, row, &delta[row], &base[row], &inverse[row]);
-        again = again || base[row] < -most || (base[row] > most && base[row] < (real)INFINITY);
+        again = again || is_coarse(base[row]);
     }
-    if (again) count_again(&t, &tile, base, inverse, most);
+    if (again) count_again(&t, &tile, base, inverse);
 
     if (args->dq.dtype != FC_NONE) {
         int64_t stride;
@@ -221,13 +226,15 @@ static void sum_sinks(const struct backward_job *job)
     const fc_tensor *dsinks = &job->args->dsinks;
     const double *parts = (const double *)(job->workspace + job->layout.sink_sums);
     int64_t batch = job->args->forward.batch, heads = job->args->forward.num_heads_q, tiles = job->layout.row_tiles;
-    /* A dimension that is summed has one element and is walked whole; any other is walked one by one. */
-    int64_t batch_step = dsinks->strides[0] == 0 ? batch : 1, head_step = dsinks->strides[1] == 0 ? heads : 1;
-    for (int64_t b = 0; b < batch || (b == 0 && batch_step == 0); b += batch_step + (batch_step == 0))
-        for (int64_t h = 0; h < heads || (h == 0 && head_step == 0); h += head_step + (head_step == 0)) {
+    bool sums_batch = dsinks->strides[0] == 0, sums_heads = dsinks->strides[1] == 0; /* one element, of all of it */
+    for (int64_t b = 0; b < (sums_batch ? 1 : batch); b++)
+        for (int64_t h = 0; h < (sums_heads ? 1 : heads); h++) {
+            struct range in_batch = sums_batch ? (struct range){0, batch} : (struct range){b, b + 1};
+            struct range in_heads = sums_heads ? (struct range){0, heads} : (struct range){h, h + 1};
             double sum = 0;
-            for (int64_t i = b; i < b + batch_step; i++)
-                for (int64_t part = (i * heads + h) * tiles; part < (i * heads + h + head_step) * tiles; part++)
+            for (int64_t i = in_batch.begin; i < in_batch.end; i++)
+                for (int64_t part = (i * heads + in_heads.begin) * tiles; part < (i * heads + in_heads.end) * tiles;
+                     part++)
                     sum += parts[part];
             real rounded = (real)sum;
             store_row(element(dsinks, b, h, 0), dsinks->dtype, 1, &rounded, 1);
