@@ -69,7 +69,7 @@ sanitize: build $(VENV)/.test
 	        $(BIN)/python -P -m pytest tests -m "gpu and sanitize" -q -o timeout=0 || exit 1; \
 	done
 
-#   make asan        the tests of importers, refusals and semantics under AddressSanitizer and UBSan
+#   make asan        the tests of importers, refusals, semantics and gradients under AddressSanitizer and UBSan
 #   make fuzz        a million generated inputs to the importers, under the same build
 ASAN_VENV := $(VENV)-asan
 ASAN_RUN   = LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(ASAN_VENV)/bin/python
@@ -77,7 +77,7 @@ FUZZ_COUNT ?= 1000000
 
 asan: $(ASAN_VENV)/.built
 	$(ASAN_RUN) -P -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
-	    tests/test_robustness.py -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
+	    tests/test_robustness.py tests/test_backward.py -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
 
 fuzz: $(ASAN_VENV)/.built
 	PYTHONPATH=tests $(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)

@@ -263,17 +263,13 @@ class Compile:
 C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow=local"]
 # Kernels: contract a*b+c into fused multiply-adds and trap on nothing, but honour NaN and infinity.
 CPU_KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
-    "forward_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "forward_avx512.c": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ],
+    "forward_avx2.c": AVX2_FLAGS,
+    "forward_avx512.c": AVX512_FLAGS,
+    "backward_avx2.c": AVX2_FLAGS,
+    "backward_avx512.c": AVX512_FLAGS,
 }
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("include", "kernels", "csrc")]
 

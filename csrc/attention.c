@@ -1,25 +1,49 @@
 /*
- * attention.c - fc_attention_*: check -> plan -> run. The only file that joins the rooms.
+ * attention.c - fc_attention_*, forward and backward: check -> plan -> run. The only file that joins the rooms.
  */
 #include <inttypes.h>
 #include <string.h>
 
+#include "cpu/backward.h"
 #include "cpu/cpu.h"
 #include "internal.h"
+
+static fc_status find_device(const fc_attention_problem *problem, const fc_device *given, fc_device *device)
+{
+    if (given != NULL) return fc_copy_struct("fc_device", given, device, sizeof *device, sizeof *device);
+    device->struct_size = sizeof *device;
+    return fc_device_query(problem->device_type, problem->device_id, device);
+}
 
 static fc_status check_and_plan(const fc_attention_problem *given, bool need_data, const fc_device *given_device,
                                 fc_attention_problem *problem, fc_forward_args *args, fc_device *device, fc_plan *plan)
 {
     fc_status status = fc_check(given, need_data, problem, args);
     if (status != FC_OK) return status;
-    if (given_device != NULL) {
-        status = fc_copy_struct("fc_device", given_device, device, sizeof *device, sizeof *device);
-    } else {
-        device->struct_size = sizeof *device;
-        status = fc_device_query(problem->device_type, problem->device_id, device);
-    }
-    if (status != FC_OK) return status;
+    if ((status = find_device(problem, given_device, device)) != FC_OK) return status;
     return fc_plan_forward(problem, args, device, plan);
+}
+
+static fc_status check_plan_struct(const fc_plan *plan)
+{
+    if (plan == NULL) return fc_fail(FC_INVALID, "fc_plan is NULL");
+    if (plan->struct_size >= sizeof *plan) return FC_OK;
+    return fc_fail(FC_INVALID, "fc_plan.struct_size is %" PRIu64 "; set it to sizeof(fc_plan), at least %zu",
+                   plan->struct_size, sizeof *plan);
+}
+
+/* A newer caller's tail stays as it is. */
+static void give_plan(fc_plan *plan, fc_plan *made)
+{
+    made->struct_size = plan->struct_size;
+    memcpy(plan, made, sizeof *made);
+}
+
+static fc_status check_workspace(const void *workspace, uint64_t bytes, uint64_t needed, const char *who_tells)
+{
+    if (needed == 0 || (workspace != NULL && bytes >= needed)) return FC_OK;
+    return fc_fail(FC_INVALID, "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (%s tells)",
+                   workspace == NULL ? 0 : bytes, needed, who_tells);
 }
 
 fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *given_device, fc_plan *plan)
@@ -28,15 +52,11 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     fc_forward_args args;
     fc_device device;
     fc_plan made;
-    if (plan == NULL) return fc_fail(FC_INVALID, "fc_plan is NULL");
-    if (plan->struct_size < sizeof made)
-        return fc_fail(FC_INVALID, "fc_plan.struct_size is %" PRIu64 "; set it to sizeof(fc_plan), at least %zu",
-                       plan->struct_size, sizeof made);
-    fc_status status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
+    fc_status status = check_plan_struct(plan);
     if (status != FC_OK) return status;
-    made.struct_size = plan->struct_size; /* a newer caller's tail stays as it is */
-    memcpy(plan, &made, sizeof made);
-    return FC_OK;
+    status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
+    if (status == FC_OK) give_plan(plan, &made);
+    return status;
 }
 
 int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_device, const fc_plan *given_plan,
@@ -73,6 +93,20 @@ static fc_status run_cpu(const fc_forward_args *args, const fc_plan *plan)
     }
 }
 
+static fc_status run_cpu_backward(const fc_backward_args *args, const fc_plan *plan, void *workspace)
+{
+    switch (fc_kernels[plan->kernel].arch[0]) {
+#if defined(__x86_64__)
+    case '2':
+        return fc_cpu_backward_avx512(args, plan, workspace);
+    case '1':
+        return fc_cpu_backward_avx2(args, plan, workspace);
+#endif
+    default:
+        return fc_cpu_backward_baseline(args, plan, workspace);
+    }
+}
+
 static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan,
                           void *workspace, void *stream)
 {
@@ -93,11 +127,48 @@ fc_status fc_attention_forward(const fc_attention_problem *given, void *workspac
     fc_plan plan;
     fc_status status = check_and_plan(given, true, NULL, &problem, &args, &device, &plan);
     if (status != FC_OK) return status;
-    if (workspace_bytes < plan.workspace_bytes || (workspace == NULL && plan.workspace_bytes > 0))
-        return fc_fail(FC_INVALID,
-                       "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (fc_attention_plan tells)",
-                       workspace == NULL ? 0 : workspace_bytes, plan.workspace_bytes);
+    status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, "fc_attention_plan");
+    if (status != FC_OK) return status;
     if (plan.grid == 0) return FC_OK; /* no rows: nothing to write */
     if (problem.device_type == FC_CPU) return run_cpu(&args, &plan);
     return run_cuda(&problem, &args, &plan, workspace, stream);
+}
+
+static fc_status check_and_plan_backward(const fc_backward_problem *given, bool need_data,
+                                         const fc_device *given_device, fc_backward_args *args, fc_plan *plan)
+{
+    fc_backward_problem problem;
+    fc_attention_problem forward;
+    fc_device device;
+    fc_status status = fc_check_backward(given, need_data, &problem, &forward, args);
+    if (status != FC_OK) return status;
+    if ((status = find_device(&forward, given_device, &device)) != FC_OK) return status;
+    return fc_plan_backward(&problem, &forward, args, &device, plan);
+}
+
+fc_status fc_attention_backward_plan(const fc_backward_problem *given, const fc_device *given_device, fc_plan *plan)
+{
+    fc_backward_args args;
+    fc_plan made;
+    fc_status status = check_plan_struct(plan);
+    if (status != FC_OK) return status;
+    status = check_and_plan_backward(given, false, given_device, &args, &made);
+    if (status == FC_OK) give_plan(plan, &made);
+    return status;
+}
+
+fc_status fc_attention_backward(const fc_backward_problem *given, void *workspace, uint64_t workspace_bytes,
+                                void *stream)
+{
+    (void)stream; /* plans are for the CPU alone so far */
+    fc_backward_args args;
+    fc_plan plan;
+    fc_status status = check_and_plan_backward(given, true, NULL, &args, &plan);
+    if (status != FC_OK) return status;
+    status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, "fc_attention_backward_plan");
+    if (status != FC_OK) return status;
+    if ((uintptr_t)workspace % 64 != 0)
+        return fc_fail(FC_INVALID, "workspace is %p; on the CPU it must be aligned to 64 bytes (fc_malloc's is)",
+                       workspace);
+    return run_cpu_backward(&args, &plan, workspace);
 }

@@ -1,5 +1,6 @@
 /*
- * check.c - every rule on shapes, dtypes, strides and options, and the words of every refusal.
+ * check.c - every rule on shapes, dtypes, strides and options, and the words of every refusal; check_backward.c adds
+ * those on gradients.
  *
  * A rule that fails says what was given, what is allowed and, where it is not plain, what to do. What
  * passes is turned into fc_forward_args: defaults filled in, and causal, window and diagonal folded into
@@ -58,7 +59,7 @@ static bool is_float(int32_t dtype)
 }
 
 /* Element offsets of a tensor of this shape must fit in 62 bits of bytes. */
-static fc_status check_tensor(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data)
+fc_status fc_check_tensor(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data)
 {
     int64_t elements = 1, reach = 0;
     for (int i = 0; i < 4; i++)
@@ -85,9 +86,9 @@ static fc_status check_tensor(const char *name, const fc_tensor *tensor, const i
 
 /* Outputs must not write one address twice. Exact for the layouts arrays really have: sorted by stride, each dimension
  * must step over all that the smaller ones reach. */
-static fc_status check_output(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data)
+fc_status fc_check_output(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data)
 {
-    fc_status status = check_tensor(name, tensor, shape, need_data);
+    fc_status status = fc_check_tensor(name, tensor, shape, need_data);
     if (status != FC_OK) return status;
     int order[4] = {0, 1, 2, 3};
     int64_t step[4];
@@ -130,7 +131,7 @@ static fc_status check_optional(const char *name, const fc_tensor *tensor, int32
         return fc_fail(FC_INVALID, "%s has dtype %s; allowed with %s arrays: %s%s%s", name,
                        fc_dtype_name(tensor->dtype), fc_dtype_name(dtype), allow_bool ? "bool, " : "",
                        fc_dtype_name(dtype), dtype == FC_FLOAT32 ? "" : ", float32");
-    return check_tensor(name, tensor, shape, need_data);
+    return fc_check_tensor(name, tensor, shape, need_data);
 }
 
 static fc_status check_shapes(const fc_attention_problem *p)
@@ -170,21 +171,30 @@ static fc_status check_tensors(const fc_attention_problem *p, bool need_data)
     const int64_t mask[4] = {p->batch, p->num_heads_q, p->seqlen_q, p->seqlen_k};
     const int64_t lse[4] = {p->batch, p->num_heads_q, p->seqlen_q, 1};
     const int64_t per_head[4] = {p->batch, p->num_heads_q, 1, 1};
-    if ((status = check_tensor("query", &p->query, query, need_data)) != FC_OK) return status;
-    if ((status = check_tensor("key", &p->key, key, need_data)) != FC_OK) return status;
-    if ((status = check_tensor("value", &p->value, value, need_data)) != FC_OK) return status;
-    if ((status = check_output("out", &p->out, out, need_data)) != FC_OK) return status;
+    if ((status = fc_check_tensor("query", &p->query, query, need_data)) != FC_OK) return status;
+    if ((status = fc_check_tensor("key", &p->key, key, need_data)) != FC_OK) return status;
+    if ((status = fc_check_tensor("value", &p->value, value, need_data)) != FC_OK) return status;
+    if ((status = fc_check_output("out", &p->out, out, need_data)) != FC_OK) return status;
     if (p->lse.dtype != FC_NONE) {
         int32_t wanted = dtype == FC_FLOAT64 ? FC_FLOAT64 : FC_FLOAT32;
         if (p->lse.dtype != wanted)
             return fc_fail(FC_INVALID, "lse has dtype %s; with %s arrays it is %s", fc_dtype_name(p->lse.dtype),
                            fc_dtype_name(dtype), fc_dtype_name(wanted));
-        if ((status = check_output("lse", &p->lse, lse, need_data)) != FC_OK) return status;
+        if ((status = fc_check_output("lse", &p->lse, lse, need_data)) != FC_OK) return status;
     }
     if ((status = check_optional("attn_mask", &p->attn_mask, dtype, true, mask, need_data)) != FC_OK) return status;
     if ((status = check_optional("alibi_slopes", &p->alibi_slopes, dtype, false, per_head, need_data)) != FC_OK)
         return status;
     return check_optional("sinks", &p->sinks, dtype, false, per_head, need_data);
+}
+
+fc_status fc_check_blocks(int32_t block_m, int32_t block_n)
+{
+    if (block_m >= 0 && block_n >= 0) return FC_OK;
+    return fc_fail(FC_INVALID,
+                   "block_m is %" PRId32 " and block_n is %" PRId32 "; allowed: 0 to let the library choose, or a "
+                   "pair that explain names",
+                   block_m, block_n);
 }
 
 static fc_status check_options(const fc_attention_problem *p)
@@ -205,11 +215,8 @@ static fc_status check_options(const fc_attention_problem *p)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 " and lower right at once; give one of them", p->diagonal);
     if (p->diagonal > MAX_OFFSET || p->diagonal < -MAX_OFFSET)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 "; allowed: -2^60 to 2^60", p->diagonal);
-    if (p->block_m < 0 || p->block_n < 0)
-        return fc_fail(FC_INVALID,
-                       "block_m is %" PRId32 " and block_n is %" PRId32 "; allowed: 0 to let the library choose, or a "
-                       "pair that explain names",
-                       p->block_m, p->block_n);
+    fc_status status = fc_check_blocks(p->block_m, p->block_n);
+    if (status != FC_OK) return status;
     if (p->num_threads < 0)
         return fc_fail(FC_INVALID, "num_threads is %" PRId32 "; allowed: 0 for the default, or 1 and up",
                        p->num_threads);

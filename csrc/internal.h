@@ -2,7 +2,7 @@
  * internal.h - what the files of the C core say to each other. Nothing here is exported.
  *
  * The way of a call: attention.c -> check.c (is it right?) -> plan.c (what will run?) -> a CPU kernel or a
- * CUDA launcher. error.c holds the words, device.c the facts.
+ * CUDA launcher; check_backward.c and plan_backward.c for the backward. error.c holds the words, device.c the facts.
  */
 #ifndef FC_INTERNAL_H
 #define FC_INTERNAL_H
@@ -28,8 +28,25 @@ int32_t fc_dtype_bytes(int32_t dtype);    /* 0 outside the enum */
  * in, and *args is it resolved for a kernel. */
 fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attention_problem *problem,
                    fc_forward_args *args);
+/* The rules that both directions share. A tensor of this shape: its dtype is known to be right, its offsets must fit,
+ * its data be there and aligned; an output must not overlap itself. */
+fc_status fc_check_tensor(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data);
+fc_status fc_check_output(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data);
+fc_status fc_check_blocks(int32_t block_m, int32_t block_n);
 /* Copies a public struct that begins with its size into one of ours, per the growth rule of flashcore.h. */
 fc_status fc_copy_struct(const char *name, const void *given, void *ours, uint64_t our_size, uint64_t least_size);
+
+/* A backward problem, resolved. */
+typedef struct fc_backward_args {
+    fc_forward_args forward; /* out and lse are inputs here */
+    fc_tensor dout, dlse;    /* dlse's dtype FC_NONE: zero */
+    fc_tensor dq, dk, dv;    /* here and below, dtype FC_NONE: not wanted */
+    fc_tensor dbias, dsinks; /* stride 0: one element, with the sum over that dimension */
+} fc_backward_args;
+
+/* check_backward.c: the same for a backward problem; *forward is the full-size copy of given->forward. */
+fc_status fc_check_backward(const fc_backward_problem *given, bool need_data, fc_backward_problem *problem,
+                            fc_attention_problem *forward, fc_backward_args *args);
 
 /* plan.c: pure. */
 typedef struct fc_kernel {
@@ -47,6 +64,14 @@ extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           fc_plan *plan);
+/* Does this device run the kernel? Is it what `forced` (NULL: anything) names? */
+bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device);
+bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced);
+/* Adds an item to a list in words, once; a full buffer keeps what it has. */
+void fc_append(char *list, size_t size, const char *item);
+/* Threads worth having for `tasks` tasks of a CPU problem. */
+int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device,
+                       int64_t tasks);
 /* Of a plan's CPU threads, how many are worth waking if they sleep; the others help if they are awake. */
 int32_t fc_cpu_threads_to_wake(const fc_forward_args *args, const fc_plan *plan);
 int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
@@ -59,6 +84,10 @@ const char *fc_hopper_reads_what(const fc_forward_args *args);
 /* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. */
 void fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                            fc_plan *plan);
+
+/* plan_backward.c: pure. */
+fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attention_problem *forward,
+                           const fc_backward_args *args, const fc_device *device, fc_plan *plan);
 
 /* device.c */
 fc_status fc_device_enter(int32_t device_id, int32_t *previous); /* makes a CUDA device current */

@@ -85,12 +85,12 @@ static bool is_built_for(const char *row_arch, int32_t capability)
     return false;
 }
 
-static bool name_matches(const fc_kernel *kernel, const char *forced)
+bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced)
 {
     return forced == NULL || strcmp(forced, kernel->name) == 0 || strcmp(forced, kernel->family) == 0;
 }
 
-static bool runs_on(const fc_kernel *kernel, const fc_device *device)
+bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device)
 {
     if (kernel->device_type != device->type) return false;
     return device->type == FC_CPU ? device->isa >= strtol(kernel->arch, NULL, 10)
@@ -121,8 +121,7 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
     return strcmp(kernel->mask, "any") == 0 || strcmp(kernel->mask, mask_class(args)) == 0;
 }
 
-/* Adds an item to a list in words, once; a full buffer keeps what it has. */
-static void append(char *list, size_t size, const char *item)
+void fc_append(char *list, size_t size, const char *item)
 {
     size_t used = strlen(list);
     if (strstr(list, item) == NULL) snprintf(list + used, size - used, "%s%s", used ? ", " : "", item);
@@ -135,9 +134,9 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
     bool any_device = false, any_forced = false;
     for (int32_t i = 0; i < fc_num_kernels; i++) {
         const fc_kernel *kernel = &fc_kernels[i];
-        if (!runs_on(kernel, device)) continue;
+        if (!fc_kernel_runs_on(kernel, device)) continue;
         any_device = true;
-        if (!name_matches(kernel, p->kernel)) continue;
+        if (!fc_kernel_is_named(kernel, p->kernel)) continue;
         any_forced = true;
     }
     const char *where = device->type == FC_CPU ? "the CPU" : "this GPU";
@@ -149,7 +148,7 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                        FC_CUDA_ARCHS[0] ? FC_CUDA_ARCHS : "no GPU", device->compute_capability);
     if (!any_forced) {
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (runs_on(&fc_kernels[i], device)) append(there, sizeof there, fc_kernels[i].name);
+            if (fc_kernel_runs_on(&fc_kernels[i], device)) fc_append(there, sizeof there, fc_kernels[i].name);
         return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s",
                        p->kernel, where, there);
     }
@@ -158,11 +157,12 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
         any_block.block_m = any_block.block_n = 0;
         for (int32_t i = 0; i < fc_num_kernels; i++) {
             const fc_kernel *kernel = &fc_kernels[i];
-            if (!runs_on(kernel, device) || !name_matches(kernel, p->kernel) || !serves(kernel, &any_block, args))
+            if (!fc_kernel_runs_on(kernel, device) || !fc_kernel_is_named(kernel, p->kernel) ||
+                !serves(kernel, &any_block, args))
                 continue;
             char pair[32];
             snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
-            append(there, sizeof there, pair);
+            fc_append(there, sizeof there, pair);
         }
         if (there[0])
             return fc_fail(
@@ -172,8 +172,8 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                 p->block_m, p->block_n, where, there);
     }
     for (int32_t i = 0; i < fc_num_kernels; i++)
-        if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], p->kernel))
-            append(there, sizeof there, fc_kernels[i].name);
+        if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], p->kernel))
+            fc_append(there, sizeof there, fc_kernels[i].name);
     return fc_fail(FC_UNSUPPORTED,
                    "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s%s",
                    where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
@@ -201,8 +201,8 @@ int32_t fc_cpu_threads_to_wake(const fc_forward_args *args, const fc_plan *plan)
     return threads_for(args, FLOPS_TO_WAKE_CPU_THREAD, plan->num_threads);
 }
 
-static int32_t cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device,
-                           int64_t tasks)
+int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device,
+                       int64_t tasks)
 {
     int32_t most = p->num_threads != 0 ? p->num_threads : device->num_threads;
     if (tasks < most) most = tasks < 1 ? 1 : (int32_t)tasks;
@@ -217,7 +217,7 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
                        problem->device_type, device->type);
     int32_t chosen = -1;
     for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
-        if (runs_on(&fc_kernels[i], device) && name_matches(&fc_kernels[i], problem->kernel) &&
+        if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], problem->kernel) &&
             serves(&fc_kernels[i], problem, args))
             chosen = i;
     if (chosen < 0) return refuse(problem, args, device);
@@ -231,16 +231,16 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     plan->num_splits = 1;
     plan->grid = num_tiles(args, kernel);
     if (device->type == FC_CUDA) {
-        plan->num_blocks =
-            plan->grid < INT32_MAX ? plan->grid : INT32_MAX; /* of one grid; a block takes more in turn */
+        /* of one grid; a block takes more in turn */
+        plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
         if (strcmp(kernel->family, "hopper") == 0 && plan->grid > 0) fc_hopper_plan_blocks(args, kernel, device, plan);
     }
-    plan->num_threads = device->type == FC_CPU ? cpu_threads(problem, args, device, plan->grid) : kernel->threads;
+    plan->num_threads = device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
     if (device->type == FC_CUDA && problem->kernel == NULL && strcmp(kernel->family, "portable") == 0)
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (strcmp(fc_kernels[i].family, "portable") != 0 && runs_on(&fc_kernels[i], device))
+            if (strcmp(fc_kernels[i].family, "portable") != 0 && fc_kernel_runs_on(&fc_kernels[i], device))
                 plan->slow |= FC_SLOW_NO_FAST_KERNEL;
     return FC_OK;
 }

@@ -223,6 +223,65 @@ FC_API int fc_plan_describe(const fc_attention_problem *problem, const fc_device
 FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void *workspace, uint64_t workspace_bytes,
                                       void *stream);
 
+/*
+ * The backward pass: from the gradient of a loss with respect to out, and to lse where that was used too, the
+ * gradients with respect to the inputs. For query row i and key j of one head, with the scores of above:
+ *
+ *     p_ij    = exp(score_ij - lse_i)                  recomputed tile by tile, so memory stays linear
+ *     delta_i = dout_i . out_i - dlse_i
+ *     ds_ij   = p_ij (dout_i . v_j - delta_i)          the gradient of the score; 0 where the key is hidden
+ *     dr_ij   = scale (1 - tanh^2) ds_ij               that of q_i . k_j; the tanh is softcap's, where given
+ *
+ *     dq_i    = sum_j dr_ij k_j        dk_j    = sum_i dr_ij q_i        dv_j    = sum_i p_ij dout_i
+ *     dbias_ij = ds_ij                 dsink   = - sum_i exp(sink - lse_i) delta_i
+ *
+ * (FlashAttention's backward; dout is the literature's dO, a name that C has taken.) dk and dv sum over the query
+ * heads that share a key/value head. A row that sees no key gives zero gradients, whatever its dout holds; never NaN.
+ *
+ * Which gradients are computed is said by which arrays are given: one whose dtype is FC_NONE is neither computed nor
+ * written, and costs nothing. What is given is overwritten, every element of it; nothing is added to what it held.
+ * Results are bitwise repeatable on the CPU, whatever num_threads is.
+ */
+typedef struct fc_backward_problem {
+    uint64_t struct_size; /* sizeof(fc_backward_problem) */
+
+    /* The problem as fc_attention_forward was given it, every option included. Its out and lse, which that call
+     * wrote, are read here, so lse must have been asked for. Its kernel, block_m and block_n chose a forward kernel
+     * and are not read. It is read during the call and belongs to the caller. */
+    const fc_attention_problem *forward;
+
+    fc_tensor dout; /* [batch, num_heads_q, seqlen_q, head_dim_v], query's dtype; any strides, 0 too */
+    fc_tensor dlse; /* optional: [batch, num_heads_q, seqlen_q], lse's dtype; not given: lse took no part in the loss */
+
+    /* All optional. No two elements of one at one address but as said; no overlap with an input or each other. */
+    fc_tensor dq;     /* [batch, num_heads_q, seqlen_q, head_dim], query's dtype */
+    fc_tensor dk;     /* [batch, num_heads_kv, seqlen_k, head_dim], query's dtype */
+    fc_tensor dv;     /* [batch, num_heads_kv, seqlen_k, head_dim_v], query's dtype */
+    fc_tensor dbias;  /* [batch, num_heads_q, seqlen_q, seqlen_k], of an attn_mask that is added; attn_mask's dtype.
+                         A stride of 0 means one element, with the sum over that dimension: give the gradient of a
+                         broadcast mask the mask's own shape and strides */
+    fc_tensor dsinks; /* [batch, num_heads_q], sinks' dtype; a stride of 0 likewise */
+    fc_tensor dalibi_slopes; /* must not be given: slopes are constants, and asking is refused rather than ignored */
+
+    int32_t block_m;    /* force this tile of the backward: query rows; 0 lets the planner choose */
+    int32_t block_n;    /* force this tile: keys */
+    const char *kernel; /* force this kernel or family, by the name fc_kernel_name gives; NULL: choose */
+} fc_backward_problem;
+
+/*
+ * fc_attention_plan for the backward: checks a problem and says what would run, touching no array. In *plan,
+ * workspace_bytes is what fc_attention_backward needs: O(seqlen), and once more the elements of a dbias that sums.
+ */
+FC_API fc_status fc_attention_backward_plan(const fc_backward_problem *problem, const fc_device *device, fc_plan *plan);
+
+/*
+ * Computes the gradients; when it returns, and what `stream` means, are as for fc_attention_forward.
+ * workspace: at least plan.workspace_bytes, on the arrays' device, 256-byte aligned (64 on the CPU), in use until the
+ * call's work is done; what it holds before and after means nothing. The caller owns it; fc_malloc gives one.
+ */
+FC_API fc_status fc_attention_backward(const fc_backward_problem *problem, void *workspace, uint64_t workspace_bytes,
+                                       void *stream);
+
 /* The GPU that an address belongs to; FC_INVALID for an address that is no GPU's. NULL gives 0. */
 FC_API fc_status fc_pointer_device(const void *data, int32_t *device_id);
 

@@ -54,6 +54,17 @@ class Problem(ctypes.Structure):
     ]
 
 
+class BackwardProblem(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("forward", ctypes.POINTER(Problem)),
+        *[(name, Tensor) for name in ("dout", "dlse", "dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")],
+        ("block_m", ctypes.c_int32),
+        ("block_n", ctypes.c_int32),
+        ("kernel", ctypes.c_char_p),
+    ]
+
+
 class Device(ctypes.Structure):
     _fields_ = [
         ("struct_size", ctypes.c_uint64),
@@ -94,6 +105,8 @@ def library() -> Any:
         getattr(lib, name).restype = ctypes.c_char_p
     lib.fc_attention_plan.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     lib.fc_attention_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+    lib.fc_attention_backward_plan.argtypes = lib.fc_attention_plan.argtypes
+    lib.fc_attention_backward.argtypes = lib.fc_attention_forward.argtypes
     lib.fc_plan_describe.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t]
     lib.fc_device_query.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     lib.fc_malloc.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
@@ -180,3 +193,36 @@ def plan(made: Problem, device: Device | None = None) -> tuple[int, Plan]:
 
 def forward(made: Problem) -> int:
     return int(library().fc_attention_forward(ctypes.byref(made), None, 0, None))
+
+
+def backward_problem(forward: Problem, dout: Array, **fields: Any) -> BackwardProblem:
+    """The gradients of a problem whose out and lse are made. The caller keeps the arrays alive."""
+    made = BackwardProblem(struct_size=ctypes.sizeof(BackwardProblem), forward=ctypes.pointer(forward))
+    made.dout = tensor(dout)
+    for name, given in fields.items():
+        setattr(made, name, tensor(given) if isinstance(given, np.ndarray) else given)
+    return made
+
+
+def backward_plan(made: BackwardProblem, device: Device | None = None) -> tuple[int, Plan]:
+    result = Plan(struct_size=ctypes.sizeof(Plan))
+    status = library().fc_attention_backward_plan(
+        ctypes.byref(made), None if device is None else ctypes.byref(device), ctypes.byref(result)
+    )
+    return status, result
+
+
+def backward(made: BackwardProblem, workspace: Array | None = None) -> int:
+    """Without a workspace it gets one of the planned size, full of NaN, whose guards are looked at afterwards."""
+    status, planned = backward_plan(made)
+    if workspace is not None or status != OK:
+        data, size = (workspace.ctypes.data, workspace.nbytes) if workspace is not None else (None, 0)
+        return int(library().fc_attention_backward(ctypes.byref(made), data, size, None))
+    buffer = np.full(planned.workspace_bytes + 256, 0xFF, np.uint8)
+    start = 64 + -buffer.ctypes.data % 64
+    status = library().fc_attention_backward(
+        ctypes.byref(made), buffer.ctypes.data + start, planned.workspace_bytes, None
+    )
+    outside = np.concatenate([buffer[:start], buffer[start + planned.workspace_bytes :]])
+    assert (outside == 0xFF).all(), "wrote outside the workspace"
+    return int(status)

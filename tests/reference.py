@@ -7,7 +7,7 @@
 Arrays are [..., heads, seqlen, head_dim], or [..., seqlen, heads, head_dim] with layout="bshd"; two dimensions mean
 one head. The one trick is that the same lines run twice: `attention` in float64 (long double for float64 arrays)
 is the truth, and `rounded` in low precision is what an honest implementation may lose. A result is right when its
-largest error is at most twice that of `rounded`.
+largest error is at most twice that of `rounded`. `gradients` and `rounded_gradients` are the same for the backward.
 """
 
 from __future__ import annotations
@@ -66,9 +66,30 @@ def visible_band(
 
 
 def _formula(
+    query: Array, key: Array, value: Array, *args: Any, work: Any, store: Callable[[Array], Array], **options: Any
+) -> tuple[Array, Array]:
+    bshd = options.pop("layout", "bhsd") == "bshd"
+    query, key, value = (x.swapaxes(-3, -2) if bshd and x.ndim > 2 else x for x in (query, key, value))
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf are legal inputs
+        soft = _softmax(query, key, *args, work=work, store=store, **options)
+        out = store(soft.probability @ _repeat_heads(query, value.astype(work)))
+    return (out.swapaxes(-3, -2) if bshd and out.ndim > 2 else out), soft.lse
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """What lies between the scores and the values; all but `lse`, `sink` and `scale` are [..., rows, keys]."""
+
+    scale: Any
+    slope: Array  # the derivative of softcap, or 1
+    probability: Array
+    sink: Array  # the sink's probability, [..., rows]
+    lse: Array  # [..., rows]
+
+
+def _softmax(
     query: Array,
     key: Array,
-    value: Array,
     attn_mask: Array | None = None,
     is_causal: bool | str = False,
     scale: float | None = None,
@@ -78,48 +99,120 @@ def _formula(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
-    layout: str = "bhsd",
     work: Any,
     store: Callable[[Array], Array],
-) -> tuple[Array, Array]:
-    if layout == "bshd":
-        query, key, value = (x.swapaxes(-3, -2) if x.ndim > 2 else x for x in (query, key, value))
-    query, key, value = (x.astype(work) for x in (query, key, value))
-    key, value = (_repeat_heads(query, x) for x in (key, value))
+) -> _Softmax:
+    query, key = query.astype(work), _repeat_heads(query, key.astype(work))
     seqlen_q, head_dim = query.shape[-2:]
     seqlen_k = key.shape[-2]
-    if scale is None:
-        scale = head_dim**-0.5
+    scale = work(head_dim**-0.5 if scale is None else scale)
 
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf are legal inputs
-        score = work(scale) * (query @ key.swapaxes(-1, -2))
-        if softcap is not None:
-            score = work(softcap) * np.tanh(score / work(softcap))
-        visible, diagonal = visible_band(seqlen_q, seqlen_k, is_causal, window, diagonal)
-        if attn_mask is not None and attn_mask.dtype == np.bool_:
-            visible = visible & attn_mask
-        elif attn_mask is not None:
-            score = score + attn_mask.astype(work)
-        if alibi_slopes is not None:
-            distance = np.abs((np.arange(seqlen_k) - np.arange(seqlen_q)[:, None]).astype(work) - work(diagonal))
-            score = score - alibi_slopes.astype(work)[..., None, None] * distance
-        score = np.where(visible, store(score), work(-np.inf))
+    score = scale * (query @ key.swapaxes(-1, -2))
+    slope = np.ones((), work)
+    if softcap is not None:
+        capped = np.tanh(score / work(softcap))
+        score, slope = work(softcap) * capped, 1 - capped**2
+    visible, diagonal = visible_band(seqlen_q, seqlen_k, is_causal, window, diagonal)
+    if attn_mask is not None and attn_mask.dtype == np.bool_:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        score = score + attn_mask.astype(work)
+    if alibi_slopes is not None:
+        distance = np.abs((np.arange(seqlen_k) - np.arange(seqlen_q)[:, None]).astype(work) - work(diagonal))
+        score = score - alibi_slopes.astype(work)[..., None, None] * distance
+    score = np.where(visible, store(score), work(-np.inf))
 
-        if sinks is not None:  # a sink is one more key, and its value is zero
-            sink = np.broadcast_to(sinks.astype(work)[..., None, None], (*score.shape[:-1], 1))
-            score = np.concatenate([score, sink], axis=-1)
-            value = np.concatenate(
-                [value, np.zeros_like(value, shape=(*value.shape[:-2], 1, value.shape[-1]))], axis=-2
-            )
+    # A sink is one more key, and its value is zero.
+    sink = work(-np.inf) if sinks is None else sinks.astype(work)[..., None, None]
+    score = np.concatenate([score, np.broadcast_to(sink, (*score.shape[:-1], 1))], axis=-1)
+    top = score.max(axis=-1, keepdims=True)
+    weight = np.exp(score - np.where(np.isneginf(top), 0, top))
+    total = weight.sum(axis=-1, keepdims=True)
+    sees_nothing = total == 0
+    probability = store(weight / np.where(sees_nothing, 1, total))
+    lse = np.where(sees_nothing, -np.inf, top + np.log(np.where(sees_nothing, 1, total)))[..., 0]
+    return _Softmax(scale, slope, probability[..., :-1], probability[..., -1], lse)
 
-        top = score.max(axis=-1, keepdims=True, initial=-np.inf)
-        weight = np.exp(score - np.where(np.isneginf(top), 0, top))
-        total = weight.sum(axis=-1, keepdims=True)
-        sees_nothing = total == 0
-        probability = store(weight / np.where(sees_nothing, 1, total))
-        out = store(probability @ value)
-        lse = np.where(sees_nothing, -np.inf, top + np.log(np.where(sees_nothing, 1, total)))[..., 0]
-    return (out.swapaxes(-3, -2) if layout == "bshd" and out.ndim > 2 else out), lse
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of a loss, with respect to each input. dbias and dsinks are unsummed: one for each score, one for each row's
+    logit."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array  # [..., heads, seqlen_q, seqlen_k]
+    dsinks: Array  # [..., heads]
+
+
+def gradients(
+    query: Array, key: Array, value: Array, dout: Array, dlse: Array | None = None, **options: Any
+) -> Gradients:
+    """The backward of `attention`, from its formula:
+
+    ds = p * (do . v - delta), delta = rowsum(do * o) - dlse, dsinks = -sum_rows p_sink * delta
+    dq = scale * softcap'(..) * ds @ k, dk = (the same ds)^T @ q, dv = p^T @ do, over the query heads of a group
+    """
+    work = np.longdouble if query.dtype == np.float64 else np.float64
+    return _derivative(query, key, value, dout, dlse, **options, work=work, store=lambda x: x)
+
+
+def rounded_gradients(
+    query: Array, key: Array, value: Array, dout: Array, dlse: Array | None = None, **options: Any
+) -> Gradients:
+    """The same with out, probabilities, gradients of scores and results rounded to the query's precision, and sums in
+    float32."""
+    precision = query.dtype
+    work = np.float64 if precision == np.float64 else np.float32
+    largest = work(ml_dtypes.finfo(precision).max)
+
+    def store(x: Array) -> Array:
+        saturated = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
+        return saturated.astype(precision).astype(work)
+
+    return _derivative(query, key, value, dout, dlse, **options, work=work, store=store)
+
+
+def _derivative(
+    query: Array,
+    key: Array,
+    value: Array,
+    dout: Array,
+    dlse: Array | None,
+    *,
+    work: Any,
+    store: Callable[[Array], Array],
+    absolute: bool = False,
+    **options: Any,
+) -> Gradients:
+    """`absolute`: every term with its absolute value, so that nothing cancels: how large what is summed is."""
+    bshd = options.pop("layout", "bhsd") == "bshd"
+    arrays = [x.swapaxes(-3, -2) if bshd and x.ndim > 2 else x for x in (query, key, value, dout)]
+    size = np.abs if absolute else lambda x: x
+    soft = _softmax(arrays[0], arrays[1], **options, work=work, store=store)
+    query, key, value, dout = (size(x.astype(work)) for x in arrays)
+    keys, values = _repeat_heads(query, key), _repeat_heads(query, value)
+    out = store(soft.probability @ values)
+    delta = (dout * out).sum(axis=-1)
+    if dlse is not None:
+        delta = delta + size(dlse.astype(work)) if absolute else delta - dlse.astype(work)
+    difference = dout @ values.swapaxes(-1, -2) + (1 if absolute else -1) * delta[..., None]
+    # A key with no probability has no part in it, though its value be NaN.
+    ds = store(np.where(soft.probability == 0, 0, soft.probability * difference))
+    slope = 2 - soft.slope if absolute else soft.slope  # 1 - tanh^2 without its cancellation
+    dr = size(soft.scale) * slope * ds
+    group = query.shape[-3] // max(key.shape[-3], 1)
+
+    def over_heads(x: Array) -> Array:
+        return x.reshape(*x.shape[:-3], x.shape[-3] // group, group, *x.shape[-2:]).sum(axis=-3)
+
+    dq = store(dr @ keys)
+    dk = store(over_heads(dr.swapaxes(-1, -2) @ query)) if group else np.zeros_like(key)
+    dv = store(over_heads(soft.probability.swapaxes(-1, -2) @ dout)) if group else np.zeros_like(value)
+    if bshd:
+        dq, dk, dv = (x.swapaxes(-3, -2) for x in (dq, dk, dv))
+    return Gradients(dq, dk, dv, ds, size(-(soft.sink * delta).sum(axis=-1)))
 
 
 def _repeat_heads(query: Array, x: Array) -> Array:
@@ -190,6 +283,87 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
         min(float(out_bound), _largest(out) / 2),
         2 * relative * (1 + size) + eps * (8 + size + reach),
     )
+
+
+@dataclass(frozen=True)
+class ExpectedGradients:
+    """What a backward call must give, and how far from it is still right: one bound for each element."""
+
+    values: dict[str, Array]
+    bounds: dict[str, Array]
+    sizes: dict[str, Array]  # 0 where nothing at all is summed: there the result is exactly 0
+
+    def check(self, name: str, result: Array) -> None:
+        assert result.dtype != object
+        _assert_error(name, result, self.values[name], self.bounds[name])
+        assert not result[self.sizes[name] == 0].any(), f"{name} must be exactly 0 where no row and key meet"
+
+
+def expect_gradients(
+    query: Array, key: Array, value: Array, dout: Array, dlse: Array | None = None, **options: Any
+) -> ExpectedGradients:
+    """The oracle's gradients with their error bounds.
+
+    bound = 2 x the error of `rounded_gradients` + half a unit in the element's last place + noise, capped at half of
+    the largest gradient or the noise;
+    noise = eps x (8 + the largest |scale q.k| + the largest |scale| |q| |k| + the number of terms / 4) x the element's
+    size.
+
+    An element's size is what it would be if no two of its terms cancelled. The noise is that of the exponential; of
+    lse, which is rounded by itself; of the score, a sum whose terms may cancel; and of the sums, whose roundings point
+    one way where rows repeat. The half unit, and for dsinks that of out over the root of the number of rows, is for
+    gradients of so few elements that the yardstick's rounding may be lucky; the smallest numbers there are come on top.
+    The cap keeps a result of zeros from passing, but where the largest gradient is less than one unit of rounding of
+    what it is summed from: with one visible key dq is zero, and its sum in float16 is not. dbias is summed to the shape
+    of attn_mask, dsinks to that of sinks.
+    """
+    right = gradients(query, key, value, dout, dlse, **options)
+    rough = rounded_gradients(query, key, value, dout, dlse, **options)
+    work = np.longdouble if query.dtype == np.float64 else np.float64
+    size = _derivative(query, key, value, dout, dlse, **options, work=work, store=lambda x: x, absolute=True)
+    sums = np.float64 if query.dtype == np.float64 else np.float32
+    scale = options.get("scale")
+    heads = [x.astype(np.float64) for x in (query, key)]
+    if options.get("layout") == "bshd":
+        heads = [x.swapaxes(-3, -2) for x in heads]
+    product = heads[0] @ _repeat_heads(heads[0], heads[1]).swapaxes(-1, -2)
+    unit_scale = abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    score = unit_scale * _largest(product)
+    rows, keys = heads[0].shape[-2], heads[1].shape[-2]
+    group = heads[0].shape[-3] // max(heads[1].shape[-3], 1)
+    norms = [_largest(np.linalg.norm(x, axis=-1)) for x in heads]
+    reach = unit_scale * norms[0] * norms[1]
+    unit = float(np.finfo(sums).eps) * (8 + score + reach + (group * rows + keys) / 4)
+
+    like = {"dq": query, "dk": key, "dv": value}
+    mask, sinks = options.get("attn_mask"), options.get("sinks")
+    if mask is not None and mask.dtype != np.bool_:
+        like["dbias"] = mask
+    if sinks is not None:
+        like["dsinks"] = sinks
+    expected = ExpectedGradients({}, {}, {})
+    for name, array in like.items():
+        exact, lossy, whole = (_sum_to(getattr(x, name), array.shape) for x in (right, rough, size))
+        lossy = lossy.astype(array.dtype).astype(exact.dtype)  # a mask or sinks may be narrower than the query
+        noise = unit * whole
+        last_place = float(ml_dtypes.finfo(array.dtype).eps) / 2 * np.abs(exact)
+        if name == "dsinks":
+            last_place = last_place + float(ml_dtypes.finfo(query.dtype).eps) / 2 * whole / max(rows, 1) ** 0.5
+        unit_of_terms = float(ml_dtypes.finfo(array.dtype).eps) * _largest(whole)
+        bound = 2 * _errors(lossy, exact).max(initial=0) + noise + last_place
+        if _largest(exact) > unit_of_terms:
+            bound = np.minimum(bound, np.maximum(_largest(exact) / 2, noise))
+        expected.values[name] = exact
+        smallest = float(ml_dtypes.finfo(array.dtype).smallest_subnormal) + float(np.finfo(sums).smallest_normal)
+        expected.bounds[name] = bound + smallest
+        expected.sizes[name] = whole
+    return expected
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Over the dimensions that an array of this shape was broadcast along."""
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1), keepdims=True)
 
 
 def assert_close(out: Array, query: Array, key: Array, value: Array, *args: Any, **options: Any) -> None:

@@ -67,6 +67,7 @@ def test_ctypes_structs_are_the_header(tmp_path: Path) -> None:
     structs = {
         "fc_tensor": capi.Tensor,
         "fc_attention_problem": capi.Problem,
+        "fc_backward_problem": capi.BackwardProblem,
         "fc_device": capi.Device,
         "fc_plan": capi.Plan,
     }
@@ -139,6 +140,8 @@ def test_null_structs(arrays: list[np.ndarray]) -> None:
         lib.fc_attention_forward(None, None, 0, None),
         lib.fc_attention_plan(None, None, ctypes.byref(plan)),
         lib.fc_attention_plan(ctypes.byref(made), None, None),
+        lib.fc_attention_backward(None, None, 0, None),
+        lib.fc_attention_backward_plan(None, None, ctypes.byref(plan)),
         lib.fc_device_query(capi.CPU, 0, None),
         lib.fc_malloc(capi.CPU, 0, 8, None, None),
     ):

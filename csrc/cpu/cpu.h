@@ -2,10 +2,13 @@
  * cpu.h - the CPU kernels as the C core sees them.
  *
  * forward_template.h is one algorithm on vectors of any length (simd.h); forward_baseline.c, forward_avx2.c and
- * forward_avx512.c compile it for one instruction set each. pool.c runs tasks on threads, isa.c knows the machine.
+ * forward_avx512.c compile it for one instruction set each; backward.h is the same for the backward. pool.c runs tasks
+ * on threads, isa.c knows the machine.
  */
 #ifndef FC_CPU_H
 #define FC_CPU_H
+
+#include <stdatomic.h>
 
 #include "internal.h"
 
@@ -30,6 +33,9 @@ int32_t fc_cpu_num_threads(void);
  * caller do its own work). Never fails: fewer threads than asked for is slower, not an error. */
 void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64_t num_tasks, int32_t num_threads,
                 int32_t num_to_wake);
+/* Returns when *counter is `value`, or *given_up is set: for a task that needs what an earlier task will have done.
+ * Those are drawn in order, so the earlier one is done or under way. */
+void fc_cpu_wait_for(const atomic_int *counter, int value, const atomic_bool *given_up);
 /* Scratch of this thread, at least `bytes`, 64-byte aligned, reused by later calls and freed with the
  * thread; NULL when out of memory. */
 void *fc_cpu_scratch(uint64_t bytes);

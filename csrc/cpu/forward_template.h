@@ -34,8 +34,6 @@
 #define place_tile    FC_CPU_NAME(place_tile)
 #define start_rows    FC_CPU_NAME(start_rows)
 #define load_query    FC_CPU_NAME(load_query)
-#define is_in_place   FC_CPU_NAME(is_in_place)
-#define read_row      FC_CPU_NAME(read_row)
 #define load_block    FC_CPU_NAME(load_block)
 #define find_runs     FC_CPU_NAME(find_runs)
 #define load_mask     FC_CPU_NAME(load_mask)
@@ -70,27 +68,6 @@ struct forward_job {
 struct run {
     int64_t begin, end, row, rows;
 };
-
-static inline int64_t round_up(int64_t n, int64_t multiple)
-{
-    return (n + multiple - 1) / multiple * multiple;
-}
-
-static inline int64_t clamp(int64_t n, int64_t least, int64_t most)
-{
-    return n < least ? least : n > most ? most : n;
-}
-
-static inline int64_t element_bytes(int32_t dtype)
-{
-    return dtype == FC_BOOL ? 1 : dtype == FC_FLOAT64 ? 8 : dtype == FC_FLOAT32 ? 4 : 2;
-}
-
-static inline char *element(const fc_tensor *tensor, int64_t batch, int64_t head, int64_t row)
-{
-    int64_t index = batch * tensor->strides[0] + head * tensor->strides[1] + row * tensor->strides[2];
-    return (char *)tensor->data + index * element_bytes(tensor->dtype);
-}
 
 #endif /* FC_CPU_FORWARD_TEMPLATE_H */
 
@@ -128,13 +105,6 @@ typedef struct tile {
 static int64_t num_vectors(const tile *t)
 {
     return (t->rows + LANES - 1) / LANES;
-}
-
-/* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
-static bool is_in_place(const fc_tensor *tensor, int64_t count, int64_t unit)
-{
-    return tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64) && tensor->strides[3] == 1 &&
-           count % unit == 0;
 }
 
 /* Which rows these are, and which keys they see: key j where band_left <= j - position <= band_right. */
@@ -194,14 +164,6 @@ static void start_rows(tile *t)
             load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
     }
     t->has_output = false;
-}
-
-/* `count` elements of a tensor's row as whole vectors of reals: in place, or copied to `buffer`. */
-static const real *read_row(const fc_tensor *tensor, const void *from, int64_t count, real *buffer)
-{
-    if (is_in_place(tensor, count, LANES)) return from;
-    load_row(buffer, from, tensor->dtype, tensor->strides[3], count);
-    return buffer;
 }
 
 static void load_query(tile *t)

@@ -21,6 +21,8 @@
 
 #define load_row       FC_CPU_NAME(load_row)
 #define store_row      FC_CPU_NAME(store_row)
+#define is_in_place    FC_CPU_NAME(is_in_place)
+#define read_row       FC_CPU_NAME(read_row)
 #define transpose_rows FC_CPU_NAME(transpose_rows)
 #define multiply_panel FC_CPU_NAME(multiply_panel)
 #define multiply_rows  FC_CPU_NAME(multiply_rows)
@@ -28,6 +30,27 @@
 #define dot_rows       FC_CPU_NAME(dot_rows)
 
 enum { PANEL_COLUMNS = 6 };
+
+static inline int64_t round_up(int64_t n, int64_t multiple)
+{
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+static inline int64_t clamp(int64_t n, int64_t least, int64_t most)
+{
+    return n < least ? least : n > most ? most : n;
+}
+
+static inline int64_t element_bytes(int32_t dtype)
+{
+    return dtype == FC_BOOL ? 1 : dtype == FC_FLOAT64 ? 8 : dtype == FC_FLOAT32 ? 4 : 2;
+}
+
+static inline char *element(const fc_tensor *tensor, int64_t batch, int64_t head, int64_t row)
+{
+    int64_t index = batch * tensor->strides[0] + head * tensor->strides[1] + row * tensor->strides[2];
+    return (char *)tensor->data + index * element_bytes(tensor->dtype);
+}
 
 #endif /* FC_CPU_MATRIX_H */
 
@@ -63,6 +86,7 @@ static void load_row(real *to, const void *from, int32_t dtype, int64_t stride, 
 static void store_row(void *to, int32_t dtype, int64_t stride, const real *from, int64_t count)
 {
     uint16_t *halves = to;
+    float *floats = to;
     real *reals = to;
     if (dtype == FC_FLOAT16 && stride == 1 && FC_CPU_REAL_BYTES == 4) {
         floats_to_halves(halves, (const float *)from, count);
@@ -72,11 +96,28 @@ static void store_row(void *to, int32_t dtype, int64_t stride, const real *from,
         for (int64_t i = 0; i < count; i++) halves[i] = float_to_bfloat16((float)from[i]);
     } else if (dtype == FC_BFLOAT16) {
         for (int64_t i = 0; i < count; i++) halves[i * stride] = float_to_bfloat16((float)from[i]);
+    } else if (dtype == FC_FLOAT32 && FC_CPU_REAL_BYTES == 8) {
+        for (int64_t i = 0; i < count; i++) floats[i * stride] = (float)from[i];
     } else if (stride == 1) {
         memcpy(reals, from, (size_t)count * sizeof(real));
     } else {
         for (int64_t i = 0; i < count; i++) reals[i * stride] = from[i];
     }
+}
+
+/* Does a row of this tensor lie in memory as `count` reals, a multiple of `unit`? */
+static bool is_in_place(const fc_tensor *tensor, int64_t count, int64_t unit)
+{
+    return tensor->dtype == (FC_CPU_REAL_BYTES == 4 ? FC_FLOAT32 : FC_FLOAT64) && tensor->strides[3] == 1 &&
+           count % unit == 0;
+}
+
+/* `count` elements of a tensor's row as whole vectors of reals: in place, or copied to `buffer`. */
+static const real *read_row(const fc_tensor *tensor, const void *from, int64_t count, real *buffer)
+{
+    if (is_in_place(tensor, count, LANES)) return from;
+    load_row(buffer, from, tensor->dtype, tensor->strides[3], count);
+    return buffer;
 }
 
 /* Turns LANES rows of `count` elements into `count` vectors, to_stride apart, times a factor. Both sides have room up
@@ -180,8 +221,8 @@ __attribute__((noinline)) static void multiply(int64_t vectors, int64_t columns,
  * have stride 1. LANES columns at a time: their vectors of partial sums, transposed, add up to a vector of LANES
  * results. A whole vector is written per column; behind the last row it repeats row 0.
  */
-static void dot_rows(int64_t rows, int64_t columns, const real *a, int64_t a_stride, const real *b, int64_t b_stride,
-                     int64_t depth, real *c, int64_t c_stride)
+static inline void dot_rows(int64_t rows, int64_t columns, const real *a, int64_t a_stride, const real *b,
+                            int64_t b_stride, int64_t depth, real *c, int64_t c_stride)
 {
     for (int64_t column = 0; column < columns; column += LANES) {
         int64_t count = columns - column < LANES ? columns - column : LANES;

@@ -11,9 +11,9 @@
  */
 #if defined(__linux__)
 #define _GNU_SOURCE /* sched_getcpu, pthread_setaffinity_np */
-#include <sched.h>
 #endif
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -216,6 +216,16 @@ void fc_cpu_run(void (*task)(void *context, int64_t index), void *context, int64
     wait_for_workers();
     pool.last_end = nanoseconds();
     atomic_store(&pool.taken, false);
+}
+
+void fc_cpu_wait_for(const atomic_int *counter, int value, const atomic_bool *given_up)
+{
+    for (int spin = 0; atomic_load(counter) != value && !atomic_load(given_up); spin++) {
+        if (spin < SPINS)
+            pause_briefly();
+        else
+            sched_yield(); /* its thread may be waiting for this very processor */
+    }
 }
 
 /* Scratch: one growing allocation per thread, freed by the key's destructor when the thread ends. */
