@@ -254,7 +254,7 @@ sys.exit(any(statuses))
 """
 
 
-@pytest.mark.uninstrumented  # a fork while another thread allocates leaves the sanitizer's allocator locked in the child
+@pytest.mark.uninstrumented  # forked while another thread allocates, the sanitizer's allocator stays locked
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("threads", ["1", "2", "4"])
 def test_fork_after_calls(threads: str) -> None:
