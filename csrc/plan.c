@@ -55,8 +55,8 @@ const char *fc_cuda_archs(void)
     return FC_CUDA_ARCHS;
 }
 
-/* Which masks a problem needs: full, band (causal, window), or general for everything else. The fast kernels take the
- * maximum before they scale, which a scale of zero or below would turn round. */
+/* Which masks a problem needs: full, band (causal, window), or general for everything else. The fast kernels compare
+ * scores before they scale them, which a scale of zero or below would turn round. */
 static const char *mask_class(const fc_forward_args *args)
 {
     bool options = args->softcap != 0 || args->attn_mask.dtype != FC_NONE || args->alibi_slopes.dtype != FC_NONE ||
@@ -114,11 +114,10 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
 {
     if (kernel->dtype != FC_NONE && kernel->dtype != args->query.dtype) return false;
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
-    if (strcmp(kernel->family, "hopper") == 0 && (!fc_hopper_reads(args) || num_tiles(args, kernel) > INT32_MAX))
-        return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
-    return strcmp(kernel->mask, "any") == 0 || strcmp(kernel->mask, mask_class(args)) == 0;
+    if (strcmp(kernel->mask, "any") != 0 && strcmp(kernel->mask, mask_class(args)) != 0) return false;
+    return strcmp(kernel->family, "hopper") != 0 || (fc_hopper_reads(args) && num_tiles(args, kernel) <= INT32_MAX);
 }
 
 void fc_append(char *list, size_t size, const char *item)

@@ -84,13 +84,13 @@ static double evenness(const int64_t costs[], int64_t row_tiles, int64_t heads, 
     return (double)all / (double)(most * num_blocks);
 }
 
-/* Everything that the choice depends on, in 64 bits. Two problems that share them share a choice, which at worst is
- * slow. */
-static uint64_t fingerprint(const fc_forward_args *args, int64_t heads, int64_t block_m, int64_t num_blocks)
+/* Everything that the choice depends on, in 64 bits. Should two problems ever share them, they share a choice, which at
+ * worst is slow. */
+static uint64_t fingerprint(const fc_forward_args *args, const fc_device *device, int64_t block_m, int64_t num_blocks)
 {
-    const int64_t facts[] = {heads,           args->num_heads_kv, args->seqlen_q, args->seqlen_k,
-                             args->band_left, args->band_right,   args->head_dim, block_m,
-                             num_blocks};
+    const int64_t facts[] = {args->batch,    args->num_heads_q, args->num_heads_kv, args->seqlen_q,   args->seqlen_k,
+                             args->head_dim, args->head_dim_v,  args->band_left,    args->band_right, device->l2_bytes,
+                             block_m,        num_blocks};
     uint64_t mixed = 0;
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
         mixed = (mixed ^ (uint64_t)facts[i]) * 0x9e3779b97f4a7c15u; /* 2^64 / the golden ratio */
@@ -109,9 +109,9 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
     plan->num_groups = heads / plan->heads_at_once;
     if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || plan->grid > blocks * MOST_TURNS) return;
 
-    static _Atomic uint64_t
-        memo[MEMO]; /* 48 bits of a fingerprint, heads_at_once, whether the last group is a short one */
-    uint64_t print = fingerprint(args, heads, block_m, blocks);
+    /* 48 bits of a fingerprint, heads_at_once, whether the last group is a short one */
+    static _Atomic uint64_t memo[MEMO];
+    uint64_t print = fingerprint(args, device, block_m, blocks);
     _Atomic uint64_t *entry = &memo[print % MEMO];
     uint64_t known = atomic_load_explicit(entry, memory_order_relaxed);
     if (known != 0 && known >> 16 == print >> 16) {
@@ -123,7 +123,7 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
     int64_t costs[MOST_ROW_TILES], bytes = 2 * args->seqlen_k * (args->head_dim + args->head_dim_v); /* a kv head's */
     find_costs(args, block_m, row_tiles, costs);
     const int64_t tries[] = {blocks / 4, 2 * blocks / 11, blocks / 6, blocks / 8, blocks / 11, blocks / 12};
-    double best = 0;
+    double best = -1;
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         int64_t at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
         /* Keys beyond the cache come from memory as often as blocks ask at different times: up to 6% of the time. */

@@ -136,6 +136,31 @@ def problem(query: Array, key: Array, value: Array, out: Array, **fields: Any) -
     return made
 
 
+def set_options(made: Problem, options: dict[str, Any]) -> None:
+    """What attention(**options) says, layout excepted, in a problem that has its sizes. The caller keeps the arrays."""
+    is_causal, diagonal = options.get("is_causal"), options.get("diagonal")
+    made.flags |= (CAUSAL if is_causal else 0) | (LOWER_RIGHT if "lower_right" in (is_causal, diagonal) else 0)
+    if isinstance(diagonal, int):
+        made.diagonal = diagonal
+    left, right = options.get("window") or (None, None)
+    for flag, name, edge in ((WINDOW_LEFT, "window_left", left), (WINDOW_RIGHT, "window_right", right)):
+        if edge not in (None, -1):
+            made.flags |= flag
+            setattr(made, name, edge)
+    if options.get("scale") is not None:
+        made.flags |= SCALE
+        made.scale = options["scale"]
+    made.softcap = options.get("softcap") or 0
+    for name, shape in broadcast_shapes(made).items():
+        if options.get(name) is not None:
+            setattr(made, name, tensor(np.broadcast_to(options[name], shape)))
+
+
+def broadcast_shapes(made: Problem) -> dict[str, tuple[int, ...]]:
+    heads = (made.batch, made.num_heads_q)
+    return {"attn_mask": (*heads, made.seqlen_q, made.seqlen_k), "sinks": heads, "alibi_slopes": heads}
+
+
 def shapes_only(
     batch: int = 2,
     num_heads_q: int = 8,

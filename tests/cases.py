@@ -255,6 +255,18 @@ def expected(case: Case, dtype: np.dtype[Any]) -> Expected:
 
 CAUSAL = {"is_causal": True}
 LOWER_RIGHT = {"is_causal": "lower_right"}
+EVERYTHING: dict[str, Any] = {
+    "num_heads_q": 6,
+    "seqlen_q": 75,
+    "seqlen_k": 140,
+    "head_dim": 72,
+    "head_dim_v": 40,
+    "alibi": True,
+    "sinks": True,
+    "strides_q": "heads_inside",
+    "options": {"softcap": 3.0, "window": (60, None), "is_causal": True, "diagonal": 50, "scale": 0.2},
+    "sanitize": True,
+}
 
 # Tiles are 64 to 192 rows by 32 to 176 keys: lengths around those, and one with no factor in common with any.
 EDGES = (31, 32, 33, 63, 64, 65, 79, 81, 127, 128, 129, 175, 177, 191, 193, 255, 257)
@@ -342,36 +354,8 @@ _LIST = [
     Case("sinks", sinks=True, sanitize=True),
     Case("sinks_float32_alibi", sinks=True, alibi=True, small_float32=True, options={"window": (15, 0)}),
     Case("sinks_dark_rows", seqlen_q=90, seqlen_k=20, sinks=True, options=LOWER_RIGHT),
-    Case(
-        "everything",
-        num_heads_q=6,
-        seqlen_q=75,
-        seqlen_k=140,
-        head_dim=72,
-        head_dim_v=40,
-        mask="added",
-        alibi=True,
-        sinks=True,
-        strides_q="heads_inside",
-        strides_kv="padded_rows",
-        options={"softcap": 3.0, "window": (60, None), "is_causal": True, "diagonal": 50, "scale": 0.2},
-        sanitize=True,
-    ),
-    Case(
-        "everything_aligned",  # every row at whole 16 bytes, as copy engines want it
-        num_heads_q=6,
-        seqlen_q=75,
-        seqlen_k=140,
-        head_dim=72,
-        head_dim_v=40,
-        mask="bool",
-        alibi=True,
-        sinks=True,
-        strides_q="heads_inside",
-        strides_kv="padded_16",
-        options={"softcap": 3.0, "window": (60, None), "is_causal": True, "diagonal": 50, "scale": 0.2},
-        sanitize=True,
-    ),
+    Case("everything", mask="added", strides_kv="padded_rows", **EVERYTHING),
+    Case("everything_aligned", mask="bool", strides_kv="padded_16", **EVERYTHING),  # as copy engines want it
     Case("band_many_tiles", batch=1, seqlen_q=500, seqlen_k=420, options={"window": (150, 40), "diagonal": -30}),
     # values
     Case("huge_scores", values="huge", seqlen_k=200),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from devices import Kernel
+from devices import Kernel, may_refuse
 from hypothesis import settings
 
 import flashcore
@@ -46,13 +46,11 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> K
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """A fast family that is forced refuses what it has no row for, which test_plan.py checks; then there is nothing to
-    test on it. The portable family and the CPU refuse nothing."""
     forced = pyfuncitem.funcargs.get("kernel")
     try:
         return (yield)
     except NotImplementedError as error:
-        if forced is None or forced.device == "cpu" or forced.force == "portable" or "no kernel on" not in str(error):
+        if forced is None or not may_refuse(forced, error):
             raise
         pytest.skip(str(error))
 

@@ -56,51 +56,17 @@ def build(folder: Path) -> Any:
 
 
 def attention(
-    library: Any,
-    query: Array,
-    key: Array,
-    value: Array,
-    attn_mask: Array | None = None,
-    is_causal: bool | str = False,
-    scale: float | None = None,
-    *,
-    window: tuple[int | None, int | None] | None = None,
-    diagonal: int | str = 0,
-    softcap: float | None = None,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    layout: str = "bhsd",
-    num_sms: int = 3,
+    library: Any, query: Array, key: Array, value: Array, layout: str = "bhsd", num_sms: int = 3, **options: Any
 ) -> tuple[Array, Array] | None:
-    """Out and lse, NaN where nothing was written; None where no row of the family serves. Few multiprocessors make many
-    tiles for each."""
+    """Out and lse, NaN where nothing was written; None where no row of the family serves. options: attention()'s. Few
+    multiprocessors make many tiles for each."""
     if layout == "bshd":
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    batch, heads, rows, _ = query.shape
-    out = np.full((batch, heads, rows, value.shape[-1]), np.nan, query.dtype)
-    lse = np.full((batch, heads, rows), np.nan, np.float32)
-    flags = capi.CAUSAL * bool(is_causal) | capi.LOWER_RIGHT * ("lower_right" in (is_causal, diagonal))
-    fields: dict[str, Any] = {"lse": lse, "kernel": b"hopper"}
-    if scale is not None:
-        flags |= capi.SCALE
-        fields["scale"] = scale
-    for flag, name, edge in zip(
-        (capi.WINDOW_LEFT, capi.WINDOW_RIGHT), ("window_left", "window_right"), window or (None, None), strict=True
-    ):
-        if edge not in (None, -1):
-            flags |= flag
-            fields[name] = edge
-    if isinstance(diagonal, int):
-        fields["diagonal"] = diagonal
-    if softcap is not None:
-        fields["softcap"] = softcap
-    if attn_mask is not None:
-        fields["attn_mask"] = np.broadcast_to(attn_mask, (batch, heads, rows, key.shape[2]))
-    for name, given in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if given is not None:
-            fields[name] = np.broadcast_to(given, (batch, heads))
-    problem = capi.problem(query, key, value, out, flags=flags, **fields)
+    out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
+    lse = np.full(query.shape[:3], np.nan, np.float32)
+    problem = capi.problem(query, key, value, out, lse=lse, kernel=b"hopper")
     problem.device_type = capi.CUDA
+    capi.set_options(problem, options)
     status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(capi.gpu_device(90, num_sms)))
     if status == capi.UNSUPPORTED:
         return None

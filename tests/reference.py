@@ -31,7 +31,11 @@ def attention(query: Array, key: Array, value: Array, *args: Any, **options: Any
 
 def rounded(query: Array, key: Array, value: Array, *args: Any, **options: Any) -> tuple[Array, Array]:
     """The same with scores, probabilities and output rounded to the query's precision, and sums in float32."""
-    precision = query.dtype
+    return _formula(query, key, value, *args, **options, **_rounding_to(query.dtype))
+
+
+def _rounding_to(precision: np.dtype[Any]) -> dict[str, Any]:
+    """What sums are in, and what rounds the rest."""
     work = np.float64 if precision == np.float64 else np.float32
     largest = work(ml_dtypes.finfo(precision).max)
 
@@ -40,7 +44,7 @@ def rounded(query: Array, key: Array, value: Array, *args: Any, **options: Any) 
         saturated = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
         return saturated.astype(precision).astype(work)
 
-    return _formula(query, key, value, *args, **options, work=work, store=store)
+    return {"work": work, "store": store}
 
 
 def visible_band(
@@ -163,15 +167,7 @@ def rounded_gradients(
 ) -> Gradients:
     """The same with out, probabilities, gradients of scores and results rounded to the query's precision, and sums in
     float32."""
-    precision = query.dtype
-    work = np.float64 if precision == np.float64 else np.float32
-    largest = work(ml_dtypes.finfo(precision).max)
-
-    def store(x: Array) -> Array:
-        saturated = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
-        return saturated.astype(precision).astype(work)
-
-    return _derivative(query, key, value, dout, dlse, **options, work=work, store=store)
+    return _derivative(query, key, value, dout, dlse, **options, **_rounding_to(query.dtype))
 
 
 def _derivative(

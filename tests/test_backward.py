@@ -58,19 +58,12 @@ class Call:
         options = self.inputs.options
         arrays = [self._bhsd(x) for x in (*self.inputs.arrays, self.out)]
         made = capi.problem(*arrays, lse=self.lse, num_threads=self.num_threads)
-        made.flags = _flags(options)
-        made.scale = options.get("scale") or 0
-        made.softcap = options.get("softcap") or 0
-        made.window_left, made.window_right = (max(edge or 0, 0) for edge in options.get("window") or (0, 0))
-        made.diagonal = options["diagonal"] if isinstance(options.get("diagonal"), int) else 0
-        for name, shape in self.broadcast_shapes(made).items():
-            if name in options:
-                setattr(made, name, capi.tensor(np.broadcast_to(options[name], shape)))
+        capi.set_options(made, options)
         return made
 
     def problem(self) -> capi.BackwardProblem:
         forward = self.forward_problem()
-        shapes = self.broadcast_shapes(forward)
+        shapes = capi.broadcast_shapes(forward)
         made = capi.backward_problem(forward, self._bhsd(self.dout), **self.fields)
         if self.dlse is not None:
             made.dlse = capi.tensor(self.dlse)
@@ -87,22 +80,6 @@ class Call:
 
     def _bhsd(self, x: Array) -> Array:
         return x.swapaxes(1, 2) if self.inputs.options.get("layout") == "bshd" else x
-
-    @staticmethod
-    def broadcast_shapes(made: capi.Problem) -> dict[str, tuple[int, ...]]:
-        heads = (made.batch, made.num_heads_q)
-        return {"attn_mask": (*heads, made.seqlen_q, made.seqlen_k), "sinks": heads, "alibi_slopes": heads}
-
-
-def _flags(options: dict[str, Any]) -> int:
-    left, right = (None if edge == -1 else edge for edge in options.get("window") or (None, None))
-    return (
-        (capi.CAUSAL if options.get("is_causal") else 0)
-        | (capi.LOWER_RIGHT if "lower_right" in (options.get("is_causal"), options.get("diagonal")) else 0)
-        | (capi.WINDOW_LEFT if left is not None else 0)
-        | (capi.WINDOW_RIGHT if right is not None else 0)
-        | (capi.SCALE if options.get("scale") is not None else 0)
-    )
 
 
 def _gradients_of(case: Case, made: Inputs) -> dict[str, Array]:

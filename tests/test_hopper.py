@@ -13,6 +13,7 @@ from typing import Any
 import cases
 import pytest
 import reference
+import strategies
 from devices import fetch, same_bits, send
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -692,20 +693,10 @@ EIGHTS = st.integers(1, 32).map(lambda n: 8 * n)
 @st.composite
 def aligned_problems(draw: st.DrawFn) -> cases.Case:
     heads_kv = draw(st.integers(1, 3))
-    options: Options = {}
-
-    def maybe(name: str, values: st.SearchStrategy[Any]) -> None:
-        if draw(st.integers(0, 2)) == 0:
-            options[name] = draw(values)
-
-    maybe("is_causal", st.sampled_from((True, "lower_right")))
-    maybe("window", st.tuples(EDGE, EDGE))
-    if options.get("is_causal") != "lower_right":
-        maybe("diagonal", st.one_of(st.just("lower_right"), st.integers(-300, 300)))
-    maybe("scale", st.floats(-2, 2, width=32))
+    options = strategies.draw_band(draw, 3, EDGE, 300)
     general = draw(st.booleans())  # half of them without options, for the full and band rows
     if general:
-        maybe("softcap", st.floats(0.5, 50, width=32))
+        strategies.maybe_draw(draw, options, 3, "softcap", st.floats(0.5, 50, width=32))
     return cases.Case(
         name=f"hopper_{draw(st.integers(0, 2**32))}",
         batch=draw(st.integers(1, 3)),

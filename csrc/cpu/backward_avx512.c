@@ -7,16 +7,8 @@
 
 #define FC_CPU_VECTOR_BYTES  64
 #define FC_CPU_PANEL_VECTORS 4
-
-#define FC_CPU_REAL       float
-#define FC_CPU_REAL_BYTES 4
-#include "backward_template.h"
-
-#undef FC_CPU_REAL
-#undef FC_CPU_REAL_BYTES
-#define FC_CPU_REAL       double
-#define FC_CPU_REAL_BYTES 8
-#include "backward_template.h"
+#define FC_CPU_TEMPLATE      "backward_template.h"
+#include "both_reals.h"
 
 fc_status fc_cpu_backward_avx512(const fc_backward_args *args, const fc_plan *plan, void *workspace)
 {

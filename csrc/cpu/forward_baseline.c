@@ -6,16 +6,8 @@
 
 #define FC_CPU_VECTOR_BYTES  16
 #define FC_CPU_PANEL_VECTORS 2
-
-#define FC_CPU_REAL       float
-#define FC_CPU_REAL_BYTES 4
-#include "forward_template.h"
-
-#undef FC_CPU_REAL
-#undef FC_CPU_REAL_BYTES
-#define FC_CPU_REAL       double
-#define FC_CPU_REAL_BYTES 8
-#include "forward_template.h"
+#define FC_CPU_TEMPLATE      "forward_template.h"
+#include "both_reals.h"
 
 fc_status fc_cpu_forward_baseline(const fc_forward_args *args, const fc_plan *plan)
 {

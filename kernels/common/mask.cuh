@@ -80,8 +80,6 @@ __device__ __forceinline__ void apply_attn_mask(float (&s)[ROWS][KEYS], const ty
     }
 }
 
-/* One byte a key; only ever compared with zero. */
-
 /* s: q.k in, scores in natural units out; -inf where the row does not see the key. (i, j): the tile's corner. */
 template <class T, int ROWS, int KEYS>
 __device__ __forceinline__ void finish_scores(float (&s)[ROWS][KEYS], const fc_forward_args &args, int64_t batch,

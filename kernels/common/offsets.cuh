@@ -11,11 +11,15 @@
 
 namespace fc {
 
-/* Element (batch, head, row, 0) of a tensor. */
+/* Element (batch, head, row, 0) of a tensor: how many elements from its first, and where. */
+__device__ __forceinline__ int64_t row_offset(const fc_tensor &tensor, int64_t batch, int64_t head, int64_t row)
+{
+    return batch * tensor.strides[0] + head * tensor.strides[1] + row * tensor.strides[2];
+}
 template <class Element>
 __device__ __forceinline__ Element *row_of(const fc_tensor &tensor, int64_t batch, int64_t head, int64_t row)
 {
-    return (Element *)tensor.data + batch * tensor.strides[0] + head * tensor.strides[1] + row * tensor.strides[2];
+    return (Element *)tensor.data + row_offset(tensor, batch, head, row);
 }
 
 /* Element (batch, head) of alibi_slopes or sinks, which are float32 or of the query's dtype T. */

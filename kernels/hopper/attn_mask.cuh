@@ -22,6 +22,12 @@
 
 namespace fc {
 
+/* Does this number of a mask leave its key visible? */
+template <class M> __device__ __forceinline__ bool shows(float x)
+{
+    return M::dtype == FC_BOOL ? x != 0 : x != -INFINITY;
+}
+
 /* Is a pair of 16-bit floats -inf twice? */
 template <class T> __device__ __forceinline__ bool is_hidden_pair(uint32_t pair)
 {
@@ -54,9 +60,8 @@ template <class T> struct attn_mask_tile {
         const int bytes = mask.dtype == FC_BOOL ? 1 : 2, t = threadIdx.x % 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int64_t offset =
-                row_of<uint8_t>(mask, batch, head, min(row + 8 * r, all.seqlen_q - 1)) - (uint8_t *)mask.data;
-            const uint8_t *at = (const uint8_t *)mask.data + (offset + key) * bytes + 16 * t;
+            const int64_t offset = row_offset(mask, batch, head, min(row + 8 * r, all.seqlen_q - 1)) + key;
+            const uint8_t *at = (const uint8_t *)mask.data + offset * bytes + 16 * t;
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 32; i++) {
                 if (mask.dtype == FC_BOOL && i >= BLOCK_N / 64) break;
@@ -75,17 +80,11 @@ template <class T> struct attn_mask_tile {
         if (mask.dtype == FC_NONE) return true;
         const bool wide = is_wide(mask, all, key);
         if (mask.dtype == FC_FLOAT32) {
-            visible[0] = visible[1] = 0;
-            each<float32, 4>(mask, all, batch, head, row, key, [&](int r, int c, float x) {
-                if (x != -INFINITY) visible[r] |= 1u << c;
-            });
+            find_visible<float32>(mask, all, batch, head, row, key);
         } else if (mask.dtype == FC_BOOL && wide) {
             resolve_bool();
         } else if (mask.dtype == FC_BOOL) {
-            visible[0] = visible[1] = 0;
-            each<boolean, 4>(mask, all, batch, head, row, key, [&](int r, int c, float x) {
-                if (x != 0) visible[r] |= 1u << c;
-            });
+            find_visible<boolean>(mask, all, batch, head, row, key);
         } else {
             if (wide) {
                 trade_pairs();
@@ -151,6 +150,16 @@ template <class T> struct attn_mask_tile {
         }
     }
 
+    template <class M>
+    __device__ __forceinline__ void find_visible(const fc_tensor &mask, const schedule &all, int batch, int head,
+                                                 int row, int key)
+    {
+        visible[0] = visible[1] = 0;
+        each<M, 4>(mask, all, batch, head, row, key, [&](int r, int c, float x) {
+            if (shows<M>(x)) visible[r] |= 1u << c;
+        });
+    }
+
     /* From the 16 bytes of each lane to the bits of its columns: lane t holds bytes 64 i + 16 t of a row. */
     __device__ __forceinline__ void resolve_bool()
     {
@@ -199,8 +208,8 @@ template <class T> struct attn_mask_tile {
 
 /*
  * Where all rows see the same of the mask, as under a padding mask: the tiles of keys work.first .. work.end - 1, less
- * those before the first and after the last key that it shows. By one warp; last: of the call before, to be kept by the
- * caller.
+ * those before the first and after the last key that it shows. By one warp. What was found is kept for the next tile of
+ * the same row of the mask.
  */
 template <class T> struct shown_keys {
     const void *row = nullptr; /* of which the following is known */
@@ -237,8 +246,7 @@ template <class T> struct shown_keys {
             for (int i = 0; i < EACH; i++) {
                 const int key = span + EACH * lane + i;
                 if (key >= all.seqlen_k) continue;
-                const float x = M::to_float(at[key * mask.strides[3]]);
-                if (M::dtype == FC_BOOL ? x != 0 : x != -INFINITY) bits |= 1u << i;
+                if (shows<M>(M::to_float(at[key * mask.strides[3]]))) bits |= 1u << i;
             }
             return bits;
         };

@@ -326,7 +326,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     fc::hide(s, 0, visible[0]);
                     fc::hide(s, 1, visible[1]);
                 }
-                fetch(max(view.first, j - 1));
+                if (j > view.first) fetch(j - 1);
                 softmax.take_reference(s);
                 softmax.step<T>(s, p, out, unit_log2);
             };
@@ -350,7 +350,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     if (pending) multiply_last();
                     pending = false;
                     pass_key(), pass_value();
-                    fetch(max(view.first, j - 1));
+                    if (j > view.first) fetch(j - 1);
                 }
             }
             if (pending) multiply_last();

@@ -2,10 +2,9 @@
  * schedule.cuh - which tile of the output a block works on next, and which tiles of keys that one sees.
  *
  * As many blocks as the GPU has multiprocessors share the tiles, dealt out like cards in turns of opposite
- * direction: 0 1 2 | 2 1 0 | ... Under a causal mask the rows of a head count down, so that costs fall linearly with
- * the number dealt; then every pair of turns costs every block the same, with no counter in memory to fetch work from.
- *
- * Heads come in groups of heads_at_once, whose keys and values stay in the L2 cache meanwhile.
+ * direction: 0 1 2 | 2 1 0 | ... with no counter in memory to fetch work from. Heads come in groups, the last of which
+ * takes the rest, and in a group the rows of all heads count down together. The planner chooses the groups so that the
+ * blocks' loads come out even, and keys stay in the L2 cache meanwhile (csrc/plan_hopper.c).
  */
 #ifndef FC_HOPPER_SCHEDULE_CUH
 #define FC_HOPPER_SCHEDULE_CUH
