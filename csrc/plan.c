@@ -163,12 +163,16 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
             snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
             fc_append(there, sizeof there, pair);
         }
+        char asked[64] = "", block_n[32] = "";
+        if (p->block_m != 0) snprintf(asked, sizeof asked, "block_m=%d", p->block_m);
+        if (p->block_n != 0) snprintf(block_n, sizeof block_n, "block_n=%d", p->block_n);
+        if (block_n[0]) fc_append(asked, sizeof asked, block_n);
         if (there[0])
             return fc_fail(
                 FC_INVALID,
-                "block_m=%d, block_n=%d: no such tile for this problem on %s; there are (block_m, block_n): %s; "
-                "0 lets the library choose",
-                p->block_m, p->block_n, where, there);
+                "%s: no such tile for this problem on %s; there are (block_m, block_n): %s; give one or both "
+                "of a pair, or leave them out to let the library choose",
+                asked, where, there);
     }
     for (int32_t i = 0; i < fc_num_kernels; i++)
         if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], p->kernel))
