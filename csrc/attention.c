@@ -21,7 +21,10 @@ static fc_status check_and_plan(const fc_attention_problem *given, bool need_dat
     fc_status status = fc_check(given, need_data, problem, args);
     if (status != FC_OK) return status;
     if ((status = find_device(problem, given_device, device)) != FC_OK) return status;
-    return fc_plan_forward(problem, args, device, plan);
+    int32_t preferred = fc_tuned_find(problem, args, device);
+    if ((status = fc_plan_forward(problem, args, device, preferred, plan)) != FC_OK) return status;
+    plan->tuned = plan->kernel == preferred; /* it need not serve this very problem */
+    return FC_OK;
 }
 
 static fc_status check_plan_struct(const fc_plan *plan)
@@ -56,6 +59,48 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     if (status != FC_OK) return status;
     status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
     if (status == FC_OK) give_plan(plan, &made);
+    return status;
+}
+
+fc_status fc_attention_class(const fc_attention_problem *given, uint64_t *shape_class, char *words, size_t size)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    if (shape_class == NULL) return fc_fail(FC_INVALID, "shape_class is NULL");
+    fc_status status = fc_check(given, false, &problem, &args);
+    if (status != FC_OK) return status;
+    *shape_class = fc_class_of(&args);
+    if (words != NULL) fc_class_describe(*shape_class, words, size);
+    return FC_OK;
+}
+
+/* The planner says itself which kernels it would run: each is offered to it, and those that it takes are candidates. */
+fc_status fc_attention_candidates(const fc_attention_problem *given, const fc_device *given_device, fc_plan *plans,
+                                  int32_t capacity, int32_t *count)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    fc_device device;
+    if (count == NULL || capacity < 0 || (plans == NULL && capacity > 0))
+        return fc_fail(FC_INVALID, "count is NULL, capacity is %" PRId32 ", or plans is NULL with room for some",
+                       capacity);
+    for (int32_t i = 0; i < capacity; i++) {
+        fc_status status = check_plan_struct(&plans[i]);
+        if (status != FC_OK) return status;
+    }
+    fc_status status = fc_check(given, false, &problem, &args);
+    if (status == FC_OK) status = find_device(&problem, given_device, &device);
+    int32_t chosen = -1, found = 0;
+    for (int32_t preferred = -1; preferred < fc_num_kernels && status == FC_OK; preferred++) {
+        fc_plan made;
+        status = fc_plan_forward(&problem, &args, &device, preferred, &made);
+        if (status != FC_OK) break;
+        if (preferred >= 0 && (made.kernel != preferred || preferred == chosen)) continue;
+        if (preferred < 0) chosen = made.kernel;
+        if (found < capacity) give_plan(&plans[found], &made);
+        found++;
+    }
+    if (status == FC_OK) *count = found;
     return status;
 }
 

@@ -212,17 +212,22 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
     return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
+static bool is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                      const fc_device *device)
+{
+    return fc_kernel_runs_on(&fc_kernels[kernel], device) && fc_kernel_is_named(&fc_kernels[kernel], problem->kernel) &&
+           serves(&fc_kernels[kernel], problem, args);
+}
+
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                          fc_plan *plan)
+                          int32_t preferred, fc_plan *plan)
 {
     if (device->type != problem->device_type)
         return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
                        problem->device_type, device->type);
-    int32_t chosen = -1;
+    int32_t chosen = preferred >= 0 && is_usable(preferred, problem, args, device) ? preferred : -1;
     for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
-        if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], problem->kernel) &&
-            serves(&fc_kernels[i], problem, args))
-            chosen = i;
+        if (is_usable(i, problem, args, device)) chosen = i;
     if (chosen < 0) return refuse(problem, args, device);
 
     const fc_kernel *kernel = &fc_kernels[chosen];
@@ -241,7 +246,8 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     plan->num_threads = device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
-    if (device->type == FC_CUDA && problem->kernel == NULL && strcmp(kernel->family, "portable") == 0)
+    if (device->type == FC_CUDA && problem->kernel == NULL && chosen != preferred &&
+        strcmp(kernel->family, "portable") == 0)
         for (int32_t i = 0; i < fc_num_kernels; i++)
             if (strcmp(fc_kernels[i].family, "portable") != 0 && fc_kernel_runs_on(&fc_kernels[i], device))
                 plan->slow |= FC_SLOW_NO_FAST_KERNEL;
@@ -266,6 +272,8 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
                  device->compute_capability);
     if (problem->kernel != NULL)
         snprintf(why, sizeof why, "'%.60s' is forced", problem->kernel);
+    else if (plan->tuned)
+        snprintf(why, sizeof why, "it was measured to be the fastest here (flashcore.autotune)");
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
         snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here%s",
                  fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args),
