@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import pathlib
 import sys
 import time
@@ -209,6 +210,8 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
 
 def main(question: Question, arguments: list[str] | None = None) -> int:
     options = parse(question, arguments)
+    # What somebody tuned here before would make figures that nobody else gets.
+    os.environ.setdefault("FLASHCORE_AUTOTUNE", "0")
     try:
         require(question, options)
         rows, contenders = select(question, options)

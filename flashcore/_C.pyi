@@ -3,6 +3,7 @@
 from typing import Any, Literal, final
 
 version: str
+revision: str
 cuda_archs: str
 
 def attention(
@@ -44,6 +45,31 @@ def attention(
 
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
+
+def candidates(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What could run attention(...), as a dict: device_type, device_id, shape_class and its words, and candidates,
+    a list of (kernel, block_m, block_n, num_splits), of which the first is the planner's own choice."""
+
+def measure(kernel: str, block_m: int, block_n: int, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
+    """Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU."""
+
+def add_tuned(
+    device_type: Literal["cpu", "cuda"],
+    name: str,
+    compute_capability: int,
+    num_sms: int,
+    isa: int,
+    shape_class: int,
+    kernel: str,
+    block_m: int,
+    block_n: int,
+    num_splits: int,
+    /,
+) -> None:
+    """From now on, in this process, problems of this class on such a device run on this kernel."""
+
+def clear_tuned() -> None:
+    """Forgets all choices, in this process."""
 
 def kernels() -> list[str]:
     """Names of the kernels in this build, in the planner's order."""

@@ -71,6 +71,7 @@ typedef struct fc_state {
     PyObject *interop;          /* flashcore._interop, once needed */
     PyObject *slow_warning;     /* flashcore.SlowPathWarning */
     uint32_t slow_warned;       /* FC_SLOW_* reasons already warned of */
+    bool is_tuned_loaded;       /* flashcore.autotune was asked for what earlier processes tuned */
 
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
@@ -191,5 +192,7 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
 /* call.c */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_candidates(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 
 #endif /* FC_BINDING_H */

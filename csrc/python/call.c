@@ -382,6 +382,19 @@ static void release(fc_call *call)
         if (call->has[operand]) fc_array_release(&call->arrays[operand]);
 }
 
+/* Choices that an earlier process tuned are read once, before the first call that leaves the choice open. */
+static int load_tuned(const fc_call *call)
+{
+    const fc_attention_problem *p = &call->problem;
+    if (p->kernel != NULL || p->block_m != 0 || p->block_n != 0 || (p->flags & FC_DETERMINISTIC) != 0) return 0;
+    call->state->is_tuned_loaded = true; /* before: whatever goes wrong is said once */
+    PyObject *module = PyImport_ImportModule("flashcore.autotune");
+    PyObject *done = module == NULL ? NULL : PyObject_CallMethod(module, "_load", NULL);
+    Py_XDECREF(module);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     fc_call call;
@@ -392,6 +405,7 @@ PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t nu
     PyObject *returned = NULL;
 
     if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (!call.state->is_tuned_loaded && load_tuned(&call) != 0) goto done;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (run(&call) != 0) goto done;
@@ -431,21 +445,29 @@ static void imagine_result(fc_call *call, enum fc_operand operand)
     call->has[operand] = true;
 }
 
+/* All of a call but its run: arguments to a problem with outputs that need not exist. */
+static int imagine(fc_call *call, PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
+                   int64_t *num_calls)
+{
+    memset(call, 0, sizeof *call);
+    call->state = PyModule_GetState(module);
+    if (prepare(call, args, num_args, keyword_names) != 0) return -1;
+    if (call->has[FC_OUT] && check_out(call) != 0) return -1;
+    if (call->has[FC_OUT])
+        fc_place(&call->geometry, FC_OUT, &call->arrays[FC_OUT], &call->problem.out, &call->batches);
+    else
+        imagine_result(call, FC_OUT);
+    if (call->arguments.return_lse) imagine_result(call, FC_LSE);
+    return fold(call, num_calls);
+}
+
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     fc_call call;
-    memset(&call, 0, sizeof call);
-    call.state = PyModule_GetState(module);
-    PyObject *returned = NULL;
-    if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
-    if (call.has[FC_OUT] && check_out(&call) != 0) goto done;
-    if (call.has[FC_OUT])
-        fc_place(&call.geometry, FC_OUT, &call.arrays[FC_OUT], &call.problem.out, &call.batches);
-    else
-        imagine_result(&call, FC_OUT);
-    if (call.arguments.return_lse) imagine_result(&call, FC_LSE);
     int64_t num_calls;
-    if (fold(&call, &num_calls) != 0) goto done;
+    PyObject *returned = NULL;
+    if (imagine(&call, module, args, num_args, keyword_names, &num_calls) != 0) goto done;
+    if (!call.state->is_tuned_loaded && load_tuned(&call) != 0) goto done;
     fc_plan plan = {.struct_size = sizeof plan};
     fc_status status = fc_attention_plan(&call.problem, NULL, &plan);
     if (status != FC_OK) {
@@ -454,12 +476,118 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     }
     char text[512];
     fc_plan_describe(&call.problem, NULL, &plan, text, sizeof text);
-    returned =
-        Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:s}", "kernel", fc_kernel_name(plan.kernel), "block_m",
-                      plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads",
-                      plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls", (long long)num_calls,
-                      "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
+    returned = Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:N,s:s}", "kernel", fc_kernel_name(plan.kernel),
+                             "block_m", plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits,
+                             "num_threads", plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls",
+                             (long long)num_calls, "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow",
+                             plan.slow, "tuned", PyBool_FromLong(plan.tuned), "reason", text);
 done:
     release(&call);
+    return returned;
+}
+
+static PyObject *list_candidates(const fc_plan *plans, int32_t count)
+{
+    PyObject *list = PyList_New(count);
+    for (int32_t i = 0; i < count && list != NULL; i++) {
+        PyObject *one = Py_BuildValue("(siii)", fc_kernel_name(plans[i].kernel), plans[i].block_m, plans[i].block_n,
+                                      plans[i].num_splits);
+        if (one == NULL || PyList_SetItem(list, i, one) != 0) Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* candidates(...) -> dict: the problem's device and class, and what could run it, the planner's own choice first. */
+PyObject *fc_py_candidates(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    fc_call call;
+    int64_t num_calls;
+    PyObject *returned = NULL;
+    int32_t count = 0, capacity = fc_kernel_count();
+    uint64_t shape_class;
+    char words[256];
+    fc_plan *plans = PyMem_Calloc((size_t)capacity, sizeof *plans);
+    if (imagine(&call, module, args, num_args, keyword_names, &num_calls) != 0) goto done;
+    if (plans == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (int32_t i = 0; i < capacity; i++) plans[i].struct_size = sizeof *plans;
+    fc_status status = fc_attention_class(&call.problem, &shape_class, words, sizeof words);
+    if (status == FC_OK) status = fc_attention_candidates(&call.problem, NULL, plans, capacity, &count);
+    if (status != FC_OK) {
+        raise_status(status);
+        goto done;
+    }
+    PyObject *list = list_candidates(plans, count);
+    if (list != NULL)
+        returned = Py_BuildValue(
+            "{s:s,s:i,s:K,s:s,s:N}", "device_type", call.problem.device_type == FC_CPU ? "cpu" : "cuda", "device_id",
+            call.problem.device_id, "shape_class", (unsigned long long)shape_class, "words", words, "candidates", list);
+done:
+    release(&call);
+    PyMem_Free(plans);
+    return returned;
+}
+
+/* Times the folded problem, once where the batches take several calls. */
+static int measure(fc_call *call, int32_t num_calls, double *microseconds)
+{
+    fc_attention_problem *problem = &call->problem;
+    fc_plan plan = {.struct_size = sizeof plan};
+    int64_t ignored;
+    if (fold(call, &ignored) != 0 || order_streams(call, true) != 0) return -1;
+    fc_status status = fc_attention_plan(problem, NULL, &plan);
+    if (status != FC_OK) return raise_status(status);
+    void *workspace = NULL;
+    Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
+        fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
+    if (status == FC_OK)
+        status = fc_attention_measure(problem, workspace, plan.workspace_bytes, call->stream, num_calls, microseconds);
+    if (workspace != NULL) fc_free(problem->device_type, problem->device_id, workspace, call->stream);
+    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : raise_status(status);
+}
+
+/* measure(kernel, block_m, block_n, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
+PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    enum { OWN = 4 };
+    long numbers[OWN] = {0};
+    if (num_args < OWN || !PyUnicode_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "measure() takes a kernel's name, block_m, block_n, num_calls and then "
+                                         "attention's arguments");
+        return NULL;
+    }
+    for (int i = 1; i < OWN; i++) {
+        numbers[i] = PyLong_AsLong(args[i]);
+        if (numbers[i] == -1 && PyErr_Occurred()) return NULL;
+        if (numbers[i] < 1 || numbers[i] > INT32_MAX) {
+            PyErr_Format(PyExc_ValueError, "block_m, block_n and num_calls must be positive; one is %ld", numbers[i]);
+            return NULL;
+        }
+    }
+    const char *kernel = PyUnicode_AsUTF8AndSize(args[0], NULL);
+    if (kernel == NULL) return NULL;
+
+    fc_call call;
+    memset(&call, 0, sizeof call);
+    call.state = PyModule_GetState(module);
+    fc_result out = {NULL, NULL}, lse = {NULL, NULL};
+    double microseconds;
+    PyObject *returned = NULL;
+    if (prepare(&call, args + OWN, num_args - OWN, keyword_names) != 0) goto done;
+    call.problem.kernel = kernel;
+    call.problem.block_m = (int32_t)numbers[1];
+    call.problem.block_n = (int32_t)numbers[2];
+    if (make_result(&call, FC_OUT, &out) != 0) goto done;
+    if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
+    if (measure(&call, (int32_t)numbers[3], &microseconds) != 0) goto done;
+    returned = PyFloat_FromDouble(microseconds);
+done:
+    release(&call);
+    Py_XDECREF(out.object);
+    Py_XDECREF(out.finish);
+    Py_XDECREF(lse.object);
+    Py_XDECREF(lse.finish);
     return returned;
 }
