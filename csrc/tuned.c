@@ -184,6 +184,9 @@ fc_status fc_tuned_add(const fc_device *given, uint64_t shape_class, const char 
     fc_device device;
     fc_status status = fc_copy_struct("fc_device", given, &device, sizeof device, sizeof device);
     if (status != FC_OK) return status;
+    if (device.type != FC_CPU && device.type != FC_CUDA)
+        return fc_fail(FC_INVALID, "fc_device.type is %" PRId32 "; allowed: %d (CPU), %d (CUDA)", device.type, FC_CPU,
+                       FC_CUDA);
     int32_t at = 0;
     while (at < fc_num_kernels && (kernel == NULL || strcmp(fc_kernels[at].name, kernel) != 0)) at++;
     if (at == fc_num_kernels)

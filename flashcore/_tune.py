@@ -7,6 +7,7 @@ taken up again.
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import time
@@ -127,6 +128,8 @@ def tune(given: list[str], device: str | None, again: bool) -> int:
     try:
         if is_off():
             raise CannotTune("FLASHCORE_AUTOTUNE=0 turns tuning off; unset it")
+        if forced := os.environ.get("FLASHCORE_FORCE"):
+            raise CannotTune(f"FLASHCORE_FORCE={forced} leaves nothing to tune; unset it")
         where = choose_device(device)
         shapes = [Shape.parse(text) for text in given] or shapes_for(where)
         results = _tune_all(shapes, where, again)
@@ -151,10 +154,13 @@ def _tune_all(shapes: list[Shape], device: str, again: bool) -> list[Tuning]:
     for index, shape in enumerate(shapes):
         q, k, v = inputs(shape, device)
         _say(f"[{index + 1}/{len(shapes)}, {time.monotonic() - begin:.0f} s] {shape.name}")
-        if not again and flashcore.explain(q, k, v, is_causal=shape.is_causal).tuned:
-            _say("  known already; --again measures it anew")
-            continue
-        results.append(flashcore.autotune(q, k, v, is_causal=shape.is_causal, progress=_say))
+        try:
+            if not again and flashcore.explain(q, k, v, is_causal=shape.is_causal).tuned:
+                _say("  known already; --again measures it anew")
+                continue
+            results.append(flashcore.autotune(q, k, v, is_causal=shape.is_causal, progress=_say))
+        except (ValueError, NotImplementedError) as error:
+            raise CannotTune(f"{shape.name}: {error}") from error
     return results
 
 

@@ -251,10 +251,15 @@ def _load() -> None:
     if is_off():
         return
     try:
-        for entry in _read(cache_path()).values():
-            _use(entry)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError) as error:
+        entries = _read(cache_path())
+    except (OSError, RuntimeError, ValueError) as error:
         _warn("is ignored", error)
+        return
+    for entry in entries.values():
+        try:
+            _use(entry)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            _warn("has an entry that is ignored", error)
 
 
 def summary() -> str:

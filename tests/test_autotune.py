@@ -315,6 +315,7 @@ BROKEN: dict[str, Callable[[str], str]] = {
     "entry_of_another_kind": lambda text: json.dumps(json.loads(text) | {"entries": [None]}),
     "no_device": with_entry(device=None),
     "device_of_another_kind": with_entry(device=["cpu"]),
+    "unknown_device": lambda text: text.replace('"type": "cpu"', '"type": "tpu"'),
     "device_without_name": with_entry(device={"type": "cpu"}),
     "class_of_another_kind": with_entry(shape_class=5),
     "class_beyond_64_bits": with_entry(shape_class="0x" + "f" * 17),
@@ -336,7 +337,7 @@ def test_a_broken_cache_is_ignored_with_one_warning(how: str) -> None:
     path = cache_path()
     path.write_bytes(BROKEN[how](path.read_text()).encode(errors="surrogateescape"))
     _C.clear_tuned()
-    with pytest.warns(TuningCacheWarning, match="is ignored") as caught:
+    with pytest.warns(TuningCacheWarning, match="is ignored: ") as caught:
         module._load()
         module._load()
     assert len(caught) == 1

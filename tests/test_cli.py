@@ -91,6 +91,8 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         (("B1,H2,S16",), "lacks D; a shape is B8,H12,S512,D64"),
         (("B1,H2,S16,D8,float8",), "'float8' in 'B1,H2,S16,D8,float8' is not understood"),
         (("B0,H2,S16,D8",), "'B0'"),
+        (("B1,H2,S16,D300,float32", "--device", "cpu"), "B1,H2,S16,D300,float32: head_dim is 300; allowed: 1 to 256"),
+        (("B1,H3/2,S16,D8,float32", "--device", "cpu"), "multiple"),
         (("--device", "tpu"), "device is 'tpu'; allowed: cpu, cuda"),
     ):
         done = run("tune", *arguments, **environment)
@@ -100,6 +102,9 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
     done = run("tune", FLASHCORE_AUTOTUNE="0")
     assert done.returncode == 2
     assert "FLASHCORE_AUTOTUNE=0 turns tuning off; unset it" in done.stderr
+    done = run("tune", FLASHCORE_FORCE="cpu_baseline", **environment)
+    assert done.returncode == 2
+    assert "FLASHCORE_FORCE=cpu_baseline leaves nothing to tune; unset it" in done.stderr
     assert "nothing, for FLASHCORE_AUTOTUNE=0" in run("info", FLASHCORE_AUTOTUNE="0").stdout
 
 

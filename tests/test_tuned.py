@@ -336,6 +336,15 @@ def test_choices_that_do_not_exist(name: bytes | None, tile: tuple[int, int, int
     assert words in capi.last_error()
 
 
+def test_choices_for_no_device() -> None:
+    add = capi.library().fc_tuned_add
+    none, small = capi.cpu_device(), capi.cpu_device()
+    none.type, small.struct_size = 0, 8
+    for device in (ctypes.byref(none), ctypes.byref(small), None):
+        assert add(device, 1, b"cpu_baseline", 64, 128, 1) == INVALID
+        assert "fc_device" in capi.last_error()
+
+
 def test_a_full_table_says_so_and_keeps_what_it_has() -> None:
     add = capi.library().fc_tuned_add
     kept = []
@@ -351,6 +360,17 @@ def test_a_full_table_says_so_and_keeps_what_it_has() -> None:
         assert add(ctypes.byref(AVX512), number, b"cpu_baseline", 64, 128, 1) == OK, "what is there can be replaced"
     capi.library().fc_tuned_clear()
     assert add(ctypes.byref(AVX512), 10_000, b"cpu_baseline", 64, 128, 1) == OK
+
+
+@needs_x86
+def test_a_thousand_choices_are_told_apart() -> None:
+    """So many share slots."""
+    problems = [cpu(seqlen_q=2**m, seqlen_k=2**n, batch=2**b) for m in range(10) for n in range(10) for b in range(10)]
+    names = [f"cpu_{('avx2', 'baseline')[i * i % 3 == 1]}" for i in range(len(problems))]
+    for problem, name in zip(problems, names, strict=True):
+        assert capi.add_tuned(AVX512, problem, name.encode(), 64, 128) == OK
+    assert [planned(problem) for problem in problems] == [(name, 1) for name in names]
+    assert planned(cpu(seqlen_q=3)) == ("cpu_avx512", 0)
 
 
 @needs_x86

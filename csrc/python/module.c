@@ -101,6 +101,12 @@ static PyObject *kernels(PyObject *module, PyObject *unused)
     return list;
 }
 
+/* 0 for what is none. */
+static int32_t device_type_of(const char *word)
+{
+    return strcmp(word, "cpu") == 0 ? FC_CPU : strcmp(word, "cuda") == 0 ? FC_CUDA : 0;
+}
+
 /* device(type, id) -> dict of facts; raises RuntimeError where there is none. */
 static PyObject *device(PyObject *module, PyObject *args)
 {
@@ -108,9 +114,8 @@ static PyObject *device(PyObject *module, PyObject *args)
     const char *type;
     int id = 0;
     if (!PyArg_ParseTuple(args, "s|i", &type, &id)) return NULL;
-    int32_t number = strcmp(type, "cpu") == 0 ? FC_CPU : strcmp(type, "cuda") == 0 ? FC_CUDA : 0;
     fc_device facts = {.struct_size = sizeof facts};
-    if (fc_device_query(number, id, &facts) != FC_OK) {
+    if (fc_device_query(device_type_of(type), id, &facts) != FC_OK) {
         PyErr_SetString(PyExc_RuntimeError, fc_last_error());
         return NULL;
     }
@@ -139,7 +144,7 @@ static PyObject *add_tuned(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "ssiiiKsiii", &type, &name, &device.compute_capability, &device.num_sms, &device.isa,
                           &shape_class, &kernel, &block_m, &block_n, &num_splits))
         return NULL;
-    device.type = strcmp(type, "cuda") == 0 ? FC_CUDA : FC_CPU;
+    device.type = device_type_of(type);
     snprintf(device.name, sizeof device.name, "%s", name);
     if (fc_tuned_add(&device, shape_class, kernel, block_m, block_n, num_splits) != FC_OK) {
         PyErr_SetString(PyExc_ValueError, fc_last_error());
