@@ -1,7 +1,7 @@
 """
-validate.py - do we keep what the seeds promised? Their harness: 9 configurations (S 128, 256, 512; B 8, 16, 32; H 8,
-D 64, float16, no mask), 100 calls to warm up and 1,000 trials each, seed 42, every backend of PyTorch's SDPA beside
-us, in turn.
+validate.py - do we keep what was promised? What FlashCore grew from, its seeds, measured itself by this harness: 9
+configurations (S 128, 256, 512; B 8, 16, 32; H 8, D 64, float16, no mask), 100 calls to warm up and 1,000 trials each,
+seed 42. Here every backend of PyTorch's SDPA stands beside us, in turn.
 
 A trial is the device time of one call: a CUDA graph of that call between two events, inputs rotating over 8 sets. Per
 call is just that; per sequence is the call's time divided by its batch, which says nothing of how long one waits.

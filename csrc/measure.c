@@ -101,6 +101,7 @@ static fc_status time_on_gpu(const fc_attention_problem *problem, void *workspac
     if (timer.end != NULL) cudaEventDestroy(timer.end);
     if (timer.begin != NULL) cudaEventDestroy(timer.begin);
     if (timer.stream != NULL) cudaStreamDestroy(timer.stream);
+    if (status != FC_OK) cudaGetLastError(); /* the runtime remembers it; a later launch must not report it */
     fc_device_leave(problem->device_id, previous);
     return status;
 }
