@@ -46,10 +46,6 @@ def attention(
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
 
-def candidates(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What could run attention(...), as a dict: device_type, device_id, shape_class and its words, and candidates,
-    a list of (kernel, block_m, block_n, num_splits), of which the first is the planner's own choice."""
-
 def measure(kernel: str, block_m: int, block_n: int, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
     """Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU."""
 

@@ -61,6 +61,8 @@ class Explanation:
     copies: tuple[str, ...]  # operands that would be copied first
     slow: tuple[str, ...]  # why this is not the fast path; empty where it is
     tuned: bool  # autotune() chose, in this process or an earlier one; else the planner
+    candidates: tuple[Candidate, ...]  # what could run it: the planner's own choice, then the others that serve it
+    shape_class: str  # in words: what a tuned choice for it holds for
     reason: str
 
     @property
@@ -78,8 +80,12 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises what attention(...) would raise for these arguments.
     """
     plan = _plan(*args, **kwargs)
+    del plan["device_type"], plan["device_id"]  # the caller knows
     slow = plan.pop("slow")
-    return Explanation(copies=(), slow=tuple(text for bit, text in _SLOW.items() if slow & bit), **plan)
+    plan["slow"] = tuple(text for bit, text in _SLOW.items() if slow & bit)
+    plan["candidates"] = tuple(Candidate(*each) for each in plan["candidates"])
+    plan["shape_class"] = plan.pop("class_words")
+    return Explanation(copies=(), **plan)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def autotune(
             raise ValueError(f"{name} is {options[name]!r}, which leaves nothing to tune; leave it out")
     if forced := os.environ.get("FLASHCORE_FORCE"):
         raise ValueError(f"FLASHCORE_FORCE={forced} leaves nothing to tune; unset it")
-    found = _C.candidates(query, key, value, *args, **options)
+    found = _C.plan(query, key, value, *args, **options)
     device = _device_facts(found["device_type"], found["device_id"])
     candidates = [Candidate(*each) for each in found["candidates"]]
     planned = best = candidates[0]
@@ -130,19 +130,19 @@ def autotune(
     elif len(candidates) == 1:
         note = f"{planned} is all that serves it"
     if note:
-        tuning = Tuning(found["words"], _device_words(device), planned, planned, {}, "", note)
+        tuning = Tuning(found["class_words"], _device_words(device), planned, planned, {}, "", note)
         say(str(tuning))
         return tuning
 
     def measure_call(candidate: Candidate, num_calls: int) -> float:
         return _C.measure(*candidate[:3], num_calls, query, key, value, *args, **options)
 
-    say(f"{found['words']} on {_device_words(device)}: {len(candidates)} candidates")
+    say(f"{found['class_words']} on {_device_words(device)}: {len(candidates)} candidates")
     microseconds, best = _race(candidates, measure or measure_call, say)
     entry = {
         "device": device,
         "shape_class": f"{found['shape_class']:#018x}",
-        "words": found["words"],
+        "words": found["class_words"],
         **best._asdict(),
         "microseconds": round(microseconds[best], 3),
         "planned": str(planned),
@@ -150,7 +150,7 @@ def autotune(
     }
     _use(entry)
     saved = _save(entry)
-    tuning = Tuning(found["words"], _device_words(device), planned, best, microseconds, saved)
+    tuning = Tuning(found["class_words"], _device_words(device), planned, best, microseconds, saved)
     say(str(tuning))
     return tuning
 

@@ -135,7 +135,7 @@ def test_a_first_look_is_not_compared_with_later_ones() -> None:
     def busier(candidate: Candidate, num_calls: int) -> float:
         asked.append(candidate)
         us = {"cpu_baseline": 10.0, "cpu_avx2": 15.0}.get(candidate.kernel, 16.0)
-        return us if len(asked) <= 2 * len(_C.candidates(Q, Q, Q)["candidates"]) else 3 * us
+        return us if len(asked) <= 2 * len(_C.plan(Q, Q, Q)["candidates"]) else 3 * us
 
     assert tune(Q, Q, Q, measure=busier, progress=None).best.kernel == "cpu_baseline"
 
@@ -203,8 +203,8 @@ def test_a_forced_kernel_leaves_no_choice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_nothing_to_choose_from(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    found = _C.candidates(Q, Q, Q)
-    monkeypatch.setattr(_C, "candidates", lambda *args, **options: found | {"candidates": found["candidates"][:1]})
+    found = _C.plan(Q, Q, Q)
+    monkeypatch.setattr(_C, "plan", lambda *args, **options: found | {"candidates": found["candidates"][:1]})
     tuning = tune(Q, Q, Q, measure=clock(), progress=None)
     assert (tuning.best, tuning.microseconds, tuning.gain) == (tuning.planned, {}, 1.0)
     assert str(tuning).endswith("is all that serves it")
@@ -418,7 +418,7 @@ def test_where_it_is(environment: dict[str, str], folder: str, monkeypatch: pyte
 def test_measuring_on_the_cpu(cache: Path) -> None:
     q = array(1, 2, 64, 32)
     tuning = tune(q, q, q, progress=None)
-    candidates = [Candidate(*each) for each in _C.candidates(q, q, q)["candidates"]]
+    candidates = [Candidate(*each) for each in _C.plan(q, q, q)["candidates"]]
     if len(candidates) > 1:
         assert list(tuning.microseconds) == candidates
         assert all(0.1 < us < 1e6 for us in tuning.microseconds.values())
@@ -441,7 +441,7 @@ def test_every_kind_of_call_can_be_measured(kind: str) -> None:
         q = q[:0]
     elif kind == "torch":
         q = pytest.importorskip("torch").from_numpy(q)
-    kernel = _C.candidates(q, q, q, **options)["candidates"][0]
+    kernel = _C.plan(q, q, q, **options)["candidates"][0]
     assert _C.measure(*kernel[:3], 3, q, q, q, **options) > 0
     if kind == "out":
         assert_close(options["out"], q, q, q)
@@ -491,7 +491,7 @@ def test_device_time_is_that_of_the_kernel() -> None:
     import torch
 
     q = torch.randn(4, 16, 2048, 64, device="cuda", dtype=torch.float16)
-    kernel = _C.candidates(q, q, q)["candidates"][0]
+    kernel = _C.plan(q, q, q)["candidates"][0]
     ours = min(_C.measure(*kernel[:3], 20, q, q, q) for _ in range(3))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     theirs = []
@@ -515,7 +515,7 @@ def test_measuring_waits_for_the_callers_stream() -> None:
         torch.cuda._sleep(20_000_000)
         q.fill_(1.0)
         out = torch.empty_like(q)
-        _C.measure(*_C.candidates(q, q, q)["candidates"][0][:3], 1, q, q, q, out=out)
+        _C.measure(*_C.plan(q, q, q)["candidates"][0][:3], 1, q, q, q, out=out)
     assert torch.equal(out, torch.ones_like(out))
 
 
@@ -524,7 +524,7 @@ def test_measuring_inside_a_capture_is_refused() -> None:
     import torch
 
     q = torch.ones(1, 2, 64, 64, device="cuda", dtype=torch.float16)
-    kernel = _C.candidates(q, q, q)["candidates"][0]
+    kernel = _C.plan(q, q, q)["candidates"][0]
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError), torch.cuda.graph(graph):
         _C.measure(*kernel[:3], 1, q, q, q, out=torch.empty_like(q))

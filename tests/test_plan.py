@@ -247,6 +247,9 @@ def test_explain_says_what_the_plan_says() -> None:
     assert explained.copies == explained.slow == ()
     assert explained.kernel in str(explained)
     assert "200" not in explained.kernel
+    assert explained.candidates[0] == (explained.kernel, explained.block_m, explained.block_n, explained.num_splits)
+    assert [each.kernel for each in explained.candidates] == [k.name for k in KERNELS if k.device == "cpu" and k.usable]
+    assert "up to 16 heads in groups of 1, 256 queries, 256 keys" in explained.shape_class
 
 
 # GPUs

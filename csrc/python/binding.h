@@ -3,6 +3,7 @@
  *
  *   module.c     method table, module state
  *   call.c       attention(): route, run, return
+ *   tune.c       tuned choices, in and out
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
  *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
@@ -192,7 +193,15 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
 /* call.c */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
-PyObject *fc_py_candidates(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+
+/* tune.c */
+
+/* What earlier processes tuned, read once, before the first call that leaves the choice open. */
+int fc_load_tuned(fc_state *state, const fc_attention_problem *problem);
+/* Adds to a plan's dict who chose it, for what class of problems, and what else could run. */
+int fc_add_choices(PyObject *dict, const fc_attention_problem *problem, const fc_plan *plan);
+PyObject *fc_py_add_tuned(PyObject *module, PyObject *args);
+PyObject *fc_py_clear_tuned(PyObject *module, PyObject *unused);
 
 #endif /* FC_BINDING_H */

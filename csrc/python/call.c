@@ -210,6 +210,7 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
     p->head_dim_v = g->head_dim_v;
     call->batches.ndim = g->num_batch_dims;
     memcpy(call->batches.shape, g->batch_shape, sizeof call->batches.shape);
+    if (!call->state->is_tuned_loaded && fc_load_tuned(call->state, p) != 0) return -1;
     if (call->any_torch && p->device_type == FC_CPU) return fc_torch_num_threads(call->state, &p->num_threads);
     return 0;
 }
@@ -382,19 +383,6 @@ static void release(fc_call *call)
         if (call->has[operand]) fc_array_release(&call->arrays[operand]);
 }
 
-/* Choices that an earlier process tuned are read once, before the first call that leaves the choice open. */
-static int load_tuned(const fc_call *call)
-{
-    const fc_attention_problem *p = &call->problem;
-    if (p->kernel != NULL || p->block_m != 0 || p->block_n != 0 || (p->flags & FC_DETERMINISTIC) != 0) return 0;
-    call->state->is_tuned_loaded = true; /* before: whatever goes wrong is said once */
-    PyObject *module = PyImport_ImportModule("flashcore.autotune");
-    PyObject *done = module == NULL ? NULL : PyObject_CallMethod(module, "_load", NULL);
-    Py_XDECREF(module);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
-
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     fc_call call;
@@ -405,7 +393,6 @@ PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t nu
     PyObject *returned = NULL;
 
     if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
-    if (!call.state->is_tuned_loaded && load_tuned(&call) != 0) goto done;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (run(&call) != 0) goto done;
@@ -445,29 +432,21 @@ static void imagine_result(fc_call *call, enum fc_operand operand)
     call->has[operand] = true;
 }
 
-/* All of a call but its run: arguments to a problem with outputs that need not exist. */
-static int imagine(fc_call *call, PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
-                   int64_t *num_calls)
-{
-    memset(call, 0, sizeof *call);
-    call->state = PyModule_GetState(module);
-    if (prepare(call, args, num_args, keyword_names) != 0) return -1;
-    if (call->has[FC_OUT] && check_out(call) != 0) return -1;
-    if (call->has[FC_OUT])
-        fc_place(&call->geometry, FC_OUT, &call->arrays[FC_OUT], &call->problem.out, &call->batches);
-    else
-        imagine_result(call, FC_OUT);
-    if (call->arguments.return_lse) imagine_result(call, FC_LSE);
-    return fold(call, num_calls);
-}
-
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     fc_call call;
-    int64_t num_calls;
+    memset(&call, 0, sizeof call);
+    call.state = PyModule_GetState(module);
     PyObject *returned = NULL;
-    if (imagine(&call, module, args, num_args, keyword_names, &num_calls) != 0) goto done;
-    if (!call.state->is_tuned_loaded && load_tuned(&call) != 0) goto done;
+    if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (call.has[FC_OUT] && check_out(&call) != 0) goto done;
+    if (call.has[FC_OUT])
+        fc_place(&call.geometry, FC_OUT, &call.arrays[FC_OUT], &call.problem.out, &call.batches);
+    else
+        imagine_result(&call, FC_OUT);
+    if (call.arguments.return_lse) imagine_result(&call, FC_LSE);
+    int64_t num_calls;
+    if (fold(&call, &num_calls) != 0) goto done;
     fc_plan plan = {.struct_size = sizeof plan};
     fc_status status = fc_attention_plan(&call.problem, NULL, &plan);
     if (status != FC_OK) {
@@ -476,57 +455,14 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     }
     char text[512];
     fc_plan_describe(&call.problem, NULL, &plan, text, sizeof text);
-    returned = Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:N,s:s}", "kernel", fc_kernel_name(plan.kernel),
-                             "block_m", plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits,
-                             "num_threads", plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls",
-                             (long long)num_calls, "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow",
-                             plan.slow, "tuned", PyBool_FromLong(plan.tuned), "reason", text);
+    returned =
+        Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:s}", "kernel", fc_kernel_name(plan.kernel), "block_m",
+                      plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads",
+                      plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls", (long long)num_calls,
+                      "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
+    if (returned != NULL && fc_add_choices(returned, &call.problem, &plan) != 0) Py_CLEAR(returned);
 done:
     release(&call);
-    return returned;
-}
-
-static PyObject *list_candidates(const fc_plan *plans, int32_t count)
-{
-    PyObject *list = PyList_New(count);
-    for (int32_t i = 0; i < count && list != NULL; i++) {
-        PyObject *one = Py_BuildValue("(siii)", fc_kernel_name(plans[i].kernel), plans[i].block_m, plans[i].block_n,
-                                      plans[i].num_splits);
-        if (one == NULL || PyList_SetItem(list, i, one) != 0) Py_CLEAR(list);
-    }
-    return list;
-}
-
-/* candidates(...) -> dict: the problem's device and class, and what could run it, the planner's own choice first. */
-PyObject *fc_py_candidates(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
-{
-    fc_call call;
-    int64_t num_calls;
-    PyObject *returned = NULL;
-    int32_t count = 0, capacity = fc_kernel_count();
-    uint64_t shape_class;
-    char words[256];
-    fc_plan *plans = PyMem_Calloc((size_t)capacity, sizeof *plans);
-    if (imagine(&call, module, args, num_args, keyword_names, &num_calls) != 0) goto done;
-    if (plans == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    for (int32_t i = 0; i < capacity; i++) plans[i].struct_size = sizeof *plans;
-    fc_status status = fc_attention_class(&call.problem, &shape_class, words, sizeof words);
-    if (status == FC_OK) status = fc_attention_candidates(&call.problem, NULL, plans, capacity, &count);
-    if (status != FC_OK) {
-        raise_status(status);
-        goto done;
-    }
-    PyObject *list = list_candidates(plans, count);
-    if (list != NULL)
-        returned = Py_BuildValue(
-            "{s:s,s:i,s:K,s:s,s:N}", "device_type", call.problem.device_type == FC_CPU ? "cpu" : "cuda", "device_id",
-            call.problem.device_id, "shape_class", (unsigned long long)shape_class, "words", words, "candidates", list);
-done:
-    release(&call);
-    PyMem_Free(plans);
     return returned;
 }
 

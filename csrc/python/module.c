@@ -3,7 +3,6 @@
  *
  * Multi-phase initialization (PEP 489) with all state per module, so it can be loaded in several interpreters.
  */
-#include <stdio.h>
 #include <string.h>
 
 #include "binding.h"
@@ -68,12 +67,6 @@ PyDoc_STRVAR(
 PyDoc_STRVAR(plan_doc,
              "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
 
-PyDoc_STRVAR(
-    candidates_doc,
-    "candidates(*args, **kwargs)\n--\n\n"
-    "What could run attention(...), as a dict: device_type, device_id, shape_class and its words, and candidates,\n"
-    "a list of (kernel, block_m, block_n, num_splits), of which the first is the planner's own choice.\n");
-
 PyDoc_STRVAR(measure_doc,
              "measure(kernel, block_m, block_n, num_calls, /, *args, **kwargs)\n--\n\n"
              "Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU.\n");
@@ -101,12 +94,6 @@ static PyObject *kernels(PyObject *module, PyObject *unused)
     return list;
 }
 
-/* 0 for what is none. */
-static int32_t device_type_of(const char *word)
-{
-    return strcmp(word, "cpu") == 0 ? FC_CPU : strcmp(word, "cuda") == 0 ? FC_CUDA : 0;
-}
-
 /* device(type, id) -> dict of facts; raises RuntimeError where there is none. */
 static PyObject *device(PyObject *module, PyObject *args)
 {
@@ -114,8 +101,9 @@ static PyObject *device(PyObject *module, PyObject *args)
     const char *type;
     int id = 0;
     if (!PyArg_ParseTuple(args, "s|i", &type, &id)) return NULL;
+    int32_t number = strcmp(type, "cpu") == 0 ? FC_CPU : strcmp(type, "cuda") == 0 ? FC_CUDA : 0;
     fc_device facts = {.struct_size = sizeof facts};
-    if (fc_device_query(device_type_of(type), id, &facts) != FC_OK) {
+    if (fc_device_query(number, id, &facts) != FC_OK) {
         PyErr_SetString(PyExc_RuntimeError, fc_last_error());
         return NULL;
     }
@@ -133,40 +121,12 @@ static PyObject *cuda_devices(PyObject *module, PyObject *unused)
     return Py_BuildValue("(is)", (int)count, count > 0 ? "" : fc_last_error());
 }
 
-/* add_tuned(device_type, name, compute_capability, num_sms, isa, shape_class, kernel, block_m, block_n, num_splits) */
-static PyObject *add_tuned(PyObject *module, PyObject *args)
-{
-    (void)module;
-    const char *type, *name, *kernel;
-    unsigned long long shape_class;
-    int block_m, block_n, num_splits;
-    fc_device device = {.struct_size = sizeof device};
-    if (!PyArg_ParseTuple(args, "ssiiiKsiii", &type, &name, &device.compute_capability, &device.num_sms, &device.isa,
-                          &shape_class, &kernel, &block_m, &block_n, &num_splits))
-        return NULL;
-    device.type = device_type_of(type);
-    snprintf(device.name, sizeof device.name, "%s", name);
-    if (fc_tuned_add(&device, shape_class, kernel, block_m, block_n, num_splits) != FC_OK) {
-        PyErr_SetString(PyExc_ValueError, fc_last_error());
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
-static PyObject *clear_tuned(PyObject *module, PyObject *unused)
-{
-    (void)module, (void)unused;
-    fc_tuned_clear();
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))fc_py_attention, METH_FASTCALL | METH_KEYWORDS, attention_doc},
     {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
-    {"candidates", (PyCFunction)(void (*)(void))fc_py_candidates, METH_FASTCALL | METH_KEYWORDS, candidates_doc},
     {"measure", (PyCFunction)(void (*)(void))fc_py_measure, METH_FASTCALL | METH_KEYWORDS, measure_doc},
-    {"add_tuned", add_tuned, METH_VARARGS, add_tuned_doc},
-    {"clear_tuned", clear_tuned, METH_NOARGS, "clear_tuned()\n--\n\nForgets all choices, in this process."},
+    {"add_tuned", fc_py_add_tuned, METH_VARARGS, add_tuned_doc},
+    {"clear_tuned", fc_py_clear_tuned, METH_NOARGS, "clear_tuned()\n--\n\nForgets all choices, in this process."},
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},
