@@ -46,6 +46,15 @@ def attention(
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
 
+def kernels() -> list[str]:
+    """Names of the kernels in this build, in the planner's order."""
+
+def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
+    """Facts of a device. Raises RuntimeError where there is none."""
+
+def cuda_devices() -> tuple[int, str]:
+    """(number of GPUs, the reason where it is 0)."""
+
 def measure(kernel: str, block_m: int, block_n: int, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
     """Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU."""
 
@@ -66,15 +75,6 @@ def add_tuned(
 
 def clear_tuned() -> None:
     """Forgets all choices, in this process."""
-
-def kernels() -> list[str]:
-    """Names of the kernels in this build, in the planner's order."""
-
-def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
-    """Facts of a device. Raises RuntimeError where there is none."""
-
-def cuda_devices() -> tuple[int, str]:
-    """(number of GPUs, the reason where it is 0)."""
 @final
 class Buffer:
     """Memory for a result of a kind that cannot be written; handed over through DLPack."""

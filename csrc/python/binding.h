@@ -3,7 +3,6 @@
  *
  *   module.c     method table, module state
  *   call.c       attention(): route, run, return
- *   tune.c       tuned choices, in and out
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
  *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
@@ -12,6 +11,7 @@
  *   result.c     arrays out: made by the query's own allocator
  *   support.c    facts of dtypes, and the way to flashcore/_interop.py
  *   buffer.c     memory of our own that speaks DLPack, for results of kinds that cannot be written
+ *   tune.c       tuned choices, in and out
  *
  * Conventions: a function that returns int gives 0, or -1 with a Python exception set. Objects are
  * borrowed unless a comment says otherwise.
