@@ -178,8 +178,7 @@ static bool set_choice(uint64_t key, int32_t choice)
     return false;
 }
 
-fc_status fc_tuned_add(const fc_device *given, uint64_t shape_class, const char *kernel, int32_t block_m,
-                       int32_t block_n, int32_t num_splits)
+fc_status fc_tuned_add(const fc_device *given, uint64_t shape_class, const char *kernel)
 {
     fc_device device;
     fc_status status = fc_copy_struct("fc_device", given, &device, sizeof device, sizeof device);
@@ -192,12 +191,6 @@ fc_status fc_tuned_add(const fc_device *given, uint64_t shape_class, const char 
     if (at == fc_num_kernels)
         return fc_fail(FC_INVALID, "this build has no kernel '%s'; fc_kernel_name has those it has",
                        kernel == NULL ? "" : kernel);
-    const fc_kernel *row = &fc_kernels[at];
-    if (row->block_m != block_m || row->block_n != block_n || num_splits != 1)
-        return fc_fail(FC_INVALID,
-                       "%s has no tile of %" PRId32 " rows by %" PRId32 " keys with %" PRId32 " splits; it has %" PRId32
-                       " by %" PRId32 " with 1",
-                       row->name, block_m, block_n, num_splits, row->block_m, row->block_n);
     if (!set_choice(key_of(&device, shape_class), at + 1))
         return fc_fail(FC_OUT_OF_MEMORY, "the table of tuned choices is full, at about %d classes", SLOTS / 2);
     atomic_store(&is_used, true);

@@ -55,20 +55,17 @@ def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
 def cuda_devices() -> tuple[int, str]:
     """(number of GPUs, the reason where it is 0)."""
 
-def measure(kernel: str, block_m: int, block_n: int, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
+def measure(kernel: str, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
     """Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU."""
 
 def add_tuned(
-    device_type: Literal["cpu", "cuda"],
+    device_type: str,
     name: str,
     compute_capability: int,
     num_sms: int,
     isa: int,
     shape_class: int,
     kernel: str,
-    block_m: int,
-    block_n: int,
-    num_splits: int,
     /,
 ) -> None:
     """From now on, in this process, problems of this class on such a device run on this kernel."""

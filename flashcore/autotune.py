@@ -38,7 +38,7 @@ class TuningCacheWarning(UserWarning):
 
 
 class Candidate(NamedTuple):
-    """One way to run a call."""
+    """One way to run a call. The kernel's name says it all: the rest is what the planner does with it here."""
 
     kernel: str
     block_m: int
@@ -135,7 +135,7 @@ def autotune(
         return tuning
 
     def measure_call(candidate: Candidate, num_calls: int) -> float:
-        return _C.measure(*candidate[:3], num_calls, query, key, value, *args, **options)
+        return _C.measure(candidate.kernel, num_calls, query, key, value, *args, **options)
 
     say(f"{found['class_words']} on {_device_words(device)}: {len(candidates)} candidates")
     microseconds, best = _race(candidates, measure or measure_call, say)
@@ -206,6 +206,8 @@ def _device_words(device: dict[str, Any]) -> str:
 
 # The cache. Entries are as autotune() makes them.
 
+Key = tuple[str, str, int, int, int, int]  # device and class, in the order of _C.add_tuned
+
 
 def cache_path() -> Path:
     """The file of this build's tuned choices, which need not exist. Raises RuntimeError where there is no home."""
@@ -216,20 +218,21 @@ def cache_path() -> Path:
     return Path(folder) / f"tuned-{FORMAT}-{_C.version}-{_C.revision}.json"
 
 
-def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+def _key(entry: dict[str, Any]) -> Key:
     """Device and class, what one entry is for. Raises KeyError, TypeError or ValueError for what is no entry."""
     device, shape_class = entry["device"], int(entry["shape_class"], 16)
     if not 0 <= shape_class < 2**64:
         raise ValueError(f"shape_class is {shape_class:#x}, beyond 64 bits")
-    return (*(device[name] for name in DEVICE_FIELDS), shape_class)
+    type, name, compute_capability, num_sms, isa = (device[field] for field in DEVICE_FIELDS)
+    return type, name, compute_capability, num_sms, isa, shape_class
 
 
 def _use(entry: dict[str, Any]) -> None:
-    """Into the C library's table, which refuses kernels and tiles that it has not."""
-    _C.add_tuned(*_key(entry), *(entry[name] for name in Candidate._fields))
+    """Into the C library's table, which refuses kernels that it has not."""
+    _C.add_tuned(*_key(entry), entry["kernel"])
 
 
-def _read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _read(path: Path) -> dict[Key, dict[str, Any]]:
     """The file's entries; none where there is no file. Raises OSError, and ValueError for what is no cache of ours."""
     try:
         text = path.read_bytes()

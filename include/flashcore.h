@@ -232,7 +232,7 @@ FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void 
 /*
  * Tuning: which kernel serves a problem best on this device can be measured, and the planner told. Nothing is ever
  * measured but by fc_attention_measure. A tuner asks for the candidates of a problem, measures each with the problem's
- * kernel, block_m and block_n forced, and adds the fastest under the problem's class.
+ * kernel forced, and adds the fastest under the problem's class.
  */
 
 /*
@@ -262,11 +262,10 @@ FC_API fc_status fc_attention_measure(const fc_attention_problem *problem, void 
 /*
  * From now on problems of this class on such a device (its name, capability, number of multiprocessors and isa count)
  * run on this kernel, wherever it serves them, in all threads; a later choice for the class replaces it. Problems
- * that force a kernel or a block, or say FC_DETERMINISTIC, ignore it. block_m, block_n and num_splits must be the
- * kernel's own, as fc_attention_candidates gave them. There is room for about 2,000 classes; FC_OUT_OF_MEMORY then.
+ * that force a kernel or a block, or say FC_DETERMINISTIC, ignore it. All else of their plans, splits too, is the
+ * planner's. There is room for about 2,000 classes; FC_OUT_OF_MEMORY then.
  */
-FC_API fc_status fc_tuned_add(const fc_device *device, uint64_t shape_class, const char *kernel, int32_t block_m,
-                              int32_t block_n, int32_t num_splits);
+FC_API fc_status fc_tuned_add(const fc_device *device, uint64_t shape_class, const char *kernel);
 
 /* Forgets all choices. */
 FC_API void fc_tuned_clear(void);

@@ -114,7 +114,7 @@ def library() -> Any:
     lib.fc_attention_measure.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
     ]  # fmt: skip
-    lib.fc_tuned_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p, *[ctypes.c_int32] * 3]
+    lib.fc_tuned_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p]
     lib.fc_tuned_clear.restype = None
     lib.fc_plan_describe.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t]
     lib.fc_device_query.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
@@ -243,9 +243,8 @@ def candidates(made: Problem, device: Device, capacity: int = 128) -> tuple[int,
     return status, list(plans)[: max(0, count.value)], count.value
 
 
-def add_tuned(device: Device, made: Problem, kernel: bytes, block_m: int, block_n: int, num_splits: int = 1) -> int:
-    number, _ = shape_class(made)
-    return int(library().fc_tuned_add(ctypes.byref(device), number, kernel, block_m, block_n, num_splits))
+def add_tuned(device: Device, made: Problem, kernel: bytes) -> int:
+    return int(library().fc_tuned_add(ctypes.byref(device), shape_class(made)[0], kernel))
 
 
 def forward(made: Problem) -> int:

@@ -226,12 +226,12 @@ def test_candidates_of_bad_arguments() -> None:
 @needs_x86
 def test_a_choice_is_followed_within_its_class() -> None:
     assert planned(cpu()) == ("cpu_avx512", 0)
-    assert capi.add_tuned(AVX512, cpu(), b"cpu_avx2", 64, 128) == OK
+    assert capi.add_tuned(AVX512, cpu(), b"cpu_avx2") == OK
     assert planned(cpu()) == ("cpu_avx2", 1)
     assert planned(cpu(seqlen_q=400)) == ("cpu_avx2", 1)
     assert planned(cpu(seqlen_q=300)) == ("cpu_avx512", 0)
     assert planned(cpu(dtype=FLOAT16)) == ("cpu_avx512", 0)
-    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline", 64, 128) == OK
+    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline") == OK
     assert planned(cpu()) == ("cpu_baseline", 1), "a later choice replaces an earlier one"
     capi.library().fc_tuned_clear()
     assert planned(cpu()) == ("cpu_avx512", 0)
@@ -250,14 +250,14 @@ def test_a_choice_is_followed_within_its_class() -> None:
     ids=str,
 )
 def test_who_ignores_choices(fields: dict[str, Any], chosen: str) -> None:
-    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline", 64, 128) == OK
+    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline") == OK
     assert planned(cpu(**fields)) == (chosen, int(chosen == "cpu_baseline"))
 
 
 @needs_x86
 def test_candidates_do_not_know_what_is_tuned() -> None:
     before = kernels_of(capi.candidates(cpu(), AVX512)[1])
-    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline", 64, 128) == OK
+    assert capi.add_tuned(AVX512, cpu(), b"cpu_baseline") == OK
     assert kernels_of(capi.candidates(cpu(), AVX512)[1]) == before
 
 
@@ -265,7 +265,7 @@ def test_candidates_do_not_know_what_is_tuned() -> None:
 def test_a_choice_that_does_not_run_here() -> None:
     """By the same name, on a CPU without these instructions."""
     lesser = capi.cpu_device(1)
-    assert capi.add_tuned(lesser, cpu(), b"cpu_avx512", 64, 128) == OK
+    assert capi.add_tuned(lesser, cpu(), b"cpu_avx512") == OK
     assert planned(cpu(), lesser) == ("cpu_avx2", 0)
 
 
@@ -280,7 +280,7 @@ def test_choices_are_of_one_kind_of_device(field: str, value: Any) -> None:
     problem = capi.shapes_only()
     status, plan = capi.plan(capi.shapes_only(kernel=b"portable"), HOPPER)
     assert status == OK
-    assert capi.add_tuned(other, problem, name_of(plan).encode(), plan.block_m, plan.block_n) == OK
+    assert capi.add_tuned(other, problem, name_of(plan).encode()) == OK
     assert planned(problem, HOPPER)[1] == 0
     assert planned(problem, other) == (name_of(plan), 1)
     other.id, other.driver_version, other.l2_bytes = 3, 13010, 1
@@ -294,7 +294,7 @@ def test_a_choice_that_serves_most_of_its_class() -> None:
     odd.query.data = 0x10008
     assert capi.shape_class(problem) == capi.shape_class(odd)
     status, plan = capi.plan(problem, HOPPER)
-    assert capi.add_tuned(HOPPER, problem, name_of(plan).encode(), plan.block_m, plan.block_n) == OK
+    assert capi.add_tuned(HOPPER, problem, name_of(plan).encode()) == OK
     assert planned(problem, HOPPER) == (name_of(plan), 1)
     status, plan = capi.plan(odd, HOPPER)
     assert (status, name_of(plan), plan.tuned, plan.slow) == (OK, "portable_float16_d64_any", 0, 1)
@@ -303,14 +303,14 @@ def test_a_choice_that_serves_most_of_its_class() -> None:
 @needs_hopper_build
 def test_what_was_measured_to_be_best_is_not_slow() -> None:
     problem = capi.shapes_only()
-    assert capi.add_tuned(HOPPER, problem, b"portable_float16_d64_any", 64, 64) == OK
+    assert capi.add_tuned(HOPPER, problem, b"portable_float16_d64_any") == OK
     status, plan = capi.plan(problem, HOPPER)
     assert (status, name_of(plan), plan.slow) == (OK, "portable_float16_d64_any", 0)
 
 
 @needs_x86
 def test_words_for_a_choice() -> None:
-    assert capi.add_tuned(AVX512, cpu(), b"cpu_avx2", 64, 128) == OK
+    assert capi.add_tuned(AVX512, cpu(), b"cpu_avx2") == OK
     buffer = ctypes.create_string_buffer(512)
     describe = capi.library().fc_plan_describe
     describe(ctypes.byref(cpu()), ctypes.byref(AVX512), None, buffer, 512)
@@ -319,21 +319,10 @@ def test_words_for_a_choice() -> None:
     assert b"it is the first that serves" in buffer.value
 
 
-@pytest.mark.parametrize(
-    "name,tile,words",
-    [
-        (b"cpu_avx1024", (64, 128, 1), "no kernel 'cpu_avx1024'"),
-        (None, (64, 128, 1), "no kernel ''"),
-        (b"cpu", (64, 128, 1), "no kernel 'cpu'"),
-        (b"cpu_baseline", (128, 128, 1), "it has 64 by 128"),
-        (b"cpu_baseline", (64, 64, 1), "no tile of 64 rows by 64 keys"),
-        (b"cpu_baseline", (64, 128, 2), "with 2 splits"),
-        (b"cpu_baseline", (64, 128, 0), "with 0 splits"),
-    ],
-)
-def test_choices_that_do_not_exist(name: bytes | None, tile: tuple[int, int, int], words: str) -> None:
-    assert capi.library().fc_tuned_add(ctypes.byref(AVX512), 1, name, *tile) == INVALID
-    assert words in capi.last_error()
+@pytest.mark.parametrize("name,word", [(b"cpu_avx1024", "'cpu_avx1024'"), (None, "''"), (b"cpu", "'cpu'")])
+def test_choices_that_do_not_exist(name: bytes | None, word: str) -> None:
+    assert capi.library().fc_tuned_add(ctypes.byref(AVX512), 1, name) == INVALID
+    assert f"no kernel {word}" in capi.last_error()
 
 
 def test_choices_for_no_device() -> None:
@@ -341,7 +330,7 @@ def test_choices_for_no_device() -> None:
     none, small = capi.cpu_device(), capi.cpu_device()
     none.type, small.struct_size = 0, 8
     for device in (ctypes.byref(none), ctypes.byref(small), None):
-        assert add(device, 1, b"cpu_baseline", 64, 128, 1) == INVALID
+        assert add(device, 1, b"cpu_baseline") == INVALID
         assert "fc_device" in capi.last_error()
 
 
@@ -349,7 +338,7 @@ def test_a_full_table_says_so_and_keeps_what_it_has() -> None:
     add = capi.library().fc_tuned_add
     kept = []
     for number in range(1, 10_000):
-        status = add(ctypes.byref(AVX512), number, b"cpu_baseline", 64, 128, 1)
+        status = add(ctypes.byref(AVX512), number, b"cpu_baseline")
         if status != OK:
             break
         kept.append(number)
@@ -357,9 +346,9 @@ def test_a_full_table_says_so_and_keeps_what_it_has() -> None:
     assert "full" in capi.last_error()
     assert len(kept) > 2000
     for number in kept:
-        assert add(ctypes.byref(AVX512), number, b"cpu_baseline", 64, 128, 1) == OK, "what is there can be replaced"
+        assert add(ctypes.byref(AVX512), number, b"cpu_baseline") == OK, "what is there can be replaced"
     capi.library().fc_tuned_clear()
-    assert add(ctypes.byref(AVX512), 10_000, b"cpu_baseline", 64, 128, 1) == OK
+    assert add(ctypes.byref(AVX512), 10_000, b"cpu_baseline") == OK
 
 
 @needs_x86
@@ -368,7 +357,7 @@ def test_a_thousand_choices_are_told_apart() -> None:
     problems = [cpu(seqlen_q=2**m, seqlen_k=2**n, batch=2**b) for m in range(10) for n in range(10) for b in range(10)]
     names = [f"cpu_{('avx2', 'baseline')[i * i % 3 == 1]}" for i in range(len(problems))]
     for problem, name in zip(problems, names, strict=True):
-        assert capi.add_tuned(AVX512, problem, name.encode(), 64, 128) == OK
+        assert capi.add_tuned(AVX512, problem, name.encode()) == OK
     assert [planned(problem) for problem in problems] == [(name, 1) for name in names]
     assert planned(cpu(seqlen_q=3)) == ("cpu_avx512", 0)
 
@@ -383,7 +372,7 @@ def test_planning_while_others_tune() -> None:
     def tune(kernel: bytes) -> None:
         while not stop.is_set():
             for problem in problems:
-                assert capi.add_tuned(AVX512, problem, kernel, 64, 128) == OK
+                assert capi.add_tuned(AVX512, problem, kernel) == OK
 
     def plan() -> None:
         while not stop.is_set():

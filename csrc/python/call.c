@@ -484,26 +484,20 @@ static int measure(fc_call *call, int32_t num_calls, double *microseconds)
     Py_END_ALLOW_THREADS return status == FC_OK ? 0 : raise_status(status);
 }
 
-/* measure(kernel, block_m, block_n, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
+/* measure(kernel, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
 PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
-    enum { OWN = 4 };
-    long numbers[OWN] = {0};
+    enum { OWN = 2 };
     if (num_args < OWN || !PyUnicode_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "measure() takes a kernel's name, block_m, block_n, num_calls and then "
-                                         "attention's arguments");
+        PyErr_SetString(PyExc_TypeError,
+                        "measure() takes a kernel's name, a number of calls and then attention's arguments");
         return NULL;
     }
-    for (int i = 1; i < OWN; i++) {
-        numbers[i] = PyLong_AsLong(args[i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return NULL;
-        if (numbers[i] < 1 || numbers[i] > INT32_MAX) {
-            PyErr_Format(PyExc_ValueError, "block_m, block_n and num_calls must be positive; one is %ld", numbers[i]);
-            return NULL;
-        }
-    }
     const char *kernel = PyUnicode_AsUTF8AndSize(args[0], NULL);
-    if (kernel == NULL) return NULL;
+    long num_calls = PyLong_AsLong(args[1]);
+    if (kernel == NULL || (num_calls == -1 && PyErr_Occurred())) return NULL;
+    if (num_calls > INT32_MAX) num_calls = INT32_MAX; /* refused below */
+    if (num_calls < 0) num_calls = 0;
 
     fc_call call;
     memset(&call, 0, sizeof call);
@@ -513,11 +507,9 @@ PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_
     PyObject *returned = NULL;
     if (prepare(&call, args + OWN, num_args - OWN, keyword_names) != 0) goto done;
     call.problem.kernel = kernel;
-    call.problem.block_m = (int32_t)numbers[1];
-    call.problem.block_n = (int32_t)numbers[2];
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
-    if (measure(&call, (int32_t)numbers[3], &microseconds) != 0) goto done;
+    if (measure(&call, (int32_t)num_calls, &microseconds) != 0) goto done;
     returned = PyFloat_FromDouble(microseconds);
 done:
     release(&call);

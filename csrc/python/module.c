@@ -69,12 +69,11 @@ PyDoc_STRVAR(
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
 PyDoc_STRVAR(measure_doc,
-             "measure(kernel, block_m, block_n, num_calls, /, *args, **kwargs)\n--\n\n"
+             "measure(kernel, num_calls, /, *args, **kwargs)\n--\n\n"
              "Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU.\n");
 
 PyDoc_STRVAR(add_tuned_doc,
-             "add_tuned(device_type, name, compute_capability, num_sms, isa, shape_class, kernel, block_m, block_n, "
-             "num_splits, /)\n--\n\n"
+             "add_tuned(device_type, name, compute_capability, num_sms, isa, shape_class, kernel, /)\n--\n\n"
              "From now on, in this process, problems of this class on such a device run on this kernel.\n");
 
 PyDoc_STRVAR(plan_doc,

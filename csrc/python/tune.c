@@ -68,14 +68,13 @@ PyObject *fc_py_add_tuned(PyObject *module, PyObject *args)
     (void)module;
     const char *type, *name, *kernel;
     unsigned long long shape_class;
-    int block_m, block_n, num_splits;
     fc_device device = {.struct_size = sizeof device};
-    if (!PyArg_ParseTuple(args, "ssiiiKsiii", &type, &name, &device.compute_capability, &device.num_sms, &device.isa,
-                          &shape_class, &kernel, &block_m, &block_n, &num_splits))
+    if (!PyArg_ParseTuple(args, "ssiiiKs", &type, &name, &device.compute_capability, &device.num_sms, &device.isa,
+                          &shape_class, &kernel))
         return NULL;
     device.type = strcmp(type, "cpu") == 0 ? FC_CPU : strcmp(type, "cuda") == 0 ? FC_CUDA : 0;
     snprintf(device.name, sizeof device.name, "%s", name);
-    if (fc_tuned_add(&device, shape_class, kernel, block_m, block_n, num_splits) != FC_OK) {
+    if (fc_tuned_add(&device, shape_class, kernel) != FC_OK) {
         PyErr_SetString(PyExc_ValueError, fc_last_error());
         return NULL;
     }
