@@ -74,7 +74,6 @@ fc_status fc_attention_class(const fc_attention_problem *given, uint64_t *shape_
     return FC_OK;
 }
 
-/* The planner says itself which kernels it would run: each is offered to it, and those that it takes are candidates. */
 fc_status fc_attention_candidates(const fc_attention_problem *given, const fc_device *given_device, fc_plan *plans,
                                   int32_t capacity, int32_t *count)
 {
@@ -90,18 +89,20 @@ fc_status fc_attention_candidates(const fc_attention_problem *given, const fc_de
     }
     fc_status status = fc_check(given, false, &problem, &args);
     if (status == FC_OK) status = find_device(&problem, given_device, &device);
-    int32_t chosen = -1, found = 0;
-    for (int32_t preferred = -1; preferred < fc_num_kernels && status == FC_OK; preferred++) {
-        fc_plan made;
-        status = fc_plan_forward(&problem, &args, &device, preferred, &made);
-        if (status != FC_OK) break;
-        if (preferred >= 0 && (made.kernel != preferred || preferred == chosen)) continue;
-        if (preferred < 0) chosen = made.kernel;
+    fc_plan made;
+    if (status == FC_OK) status = fc_plan_forward(&problem, &args, &device, -1, &made);
+    if (status != FC_OK) return status;
+    int32_t chosen = made.kernel, found = 1;
+    if (capacity > 0) give_plan(&plans[0], &made);
+    for (int32_t i = 0; i < fc_num_kernels; i++) {
+        if (i == chosen || !fc_kernel_is_usable(i, &problem, &args, &device)) continue;
+        status = fc_plan_forward(&problem, &args, &device, i, &made);
+        if (status != FC_OK) return status;
         if (found < capacity) give_plan(&plans[found], &made);
         found++;
     }
-    if (status == FC_OK) *count = found;
-    return status;
+    *count = found;
+    return FC_OK;
 }
 
 int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_device, const fc_plan *given_plan,

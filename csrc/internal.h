@@ -63,9 +63,12 @@ typedef struct fc_kernel {
 } fc_kernel;
 extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
-/* preferred: a kernel to take where it serves, before any other; -1: none. */
+/* preferred: a kernel to take where it is usable, before any other; -1: none. */
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           int32_t preferred, fc_plan *plan);
+/* Could this kernel run this problem on this device? */
+bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                         const fc_device *device);
 /* Does this device run the kernel? Is it what `forced` (NULL: anything) names? */
 bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device);
 bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced);

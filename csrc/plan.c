@@ -212,8 +212,8 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
     return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
-static bool is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
-                      const fc_device *device)
+bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                         const fc_device *device)
 {
     return fc_kernel_runs_on(&fc_kernels[kernel], device) && fc_kernel_is_named(&fc_kernels[kernel], problem->kernel) &&
            serves(&fc_kernels[kernel], problem, args);
@@ -225,9 +225,9 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     if (device->type != problem->device_type)
         return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
                        problem->device_type, device->type);
-    int32_t chosen = preferred >= 0 && is_usable(preferred, problem, args, device) ? preferred : -1;
+    int32_t chosen = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device) ? preferred : -1;
     for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
-        if (is_usable(i, problem, args, device)) chosen = i;
+        if (fc_kernel_is_usable(i, problem, args, device)) chosen = i;
     if (chosen < 0) return refuse(problem, args, device);
 
     const fc_kernel *kernel = &fc_kernels[chosen];
