@@ -215,8 +215,9 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
                          const fc_device *device)
 {
-    return fc_kernel_runs_on(&fc_kernels[kernel], device) && fc_kernel_is_named(&fc_kernels[kernel], problem->kernel) &&
-           serves(&fc_kernels[kernel], problem, args);
+    const fc_kernel *row = &fc_kernels[kernel]; /* numbers before words: most rows are of another dtype or head_dim */
+    return row->device_type == device->type && serves(row, problem, args) && fc_kernel_runs_on(row, device) &&
+           fc_kernel_is_named(row, problem->kernel);
 }
 
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
