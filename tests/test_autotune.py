@@ -518,12 +518,26 @@ def test_measuring_waits_for_the_callers_stream() -> None:
 
 @pytest.mark.gpu
 def test_measuring_inside_a_capture_is_refused() -> None:
-    import torch
-
-    q = torch.ones(1, 2, 64, 64, device="cuda", dtype=torch.float16)
-    kernel = _C.plan(q, q, q)["candidates"][0]
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError), torch.cuda.graph(graph):
-        _C.measure(kernel[0], 1, q, q, q, out=torch.empty_like(q))
-    torch.cuda.synchronize()
-    assert torch.equal(flashcore.attention(q, q, q), q)
+    """In a process of its own: a capture that fails leaves PyTorch's allocator in a state that is its own affair."""
+    code = """
+import torch
+q = torch.ones(1, 2, 64, 64, device="cuda", dtype=torch.float16)
+out = torch.empty_like(q)
+flashcore.attention(q, q, q)
+kernel = flashcore.explain(q, q, q).kernel
+graph, said = torch.cuda.CUDAGraph(), None
+try:
+    with torch.cuda.graph(graph):
+        try:
+            flashcore._C.measure(kernel, 1, q, q, q, out=out)
+        except RuntimeError as error:
+            said = str(error)
+except RuntimeError:
+    pass  # PyTorch's word on the capture
+print(said)
+torch.cuda.synchronize()
+print(torch.equal(flashcore.attention(q, q, q, out=out), q))
+"""
+    first, second = run(code).stdout.splitlines()
+    assert "while preparing to measure" in first
+    assert second == "True", "the call after it"
