@@ -25,6 +25,7 @@ enum {
     SIZE_BITS = 7, /* all other sizes, in steps of half an octave */
 };
 enum { STEP_OF_DIM = 32 };
+#define MOST_HEADS (INT64_C(1) << 60)
 enum { OPEN, CAUSAL, WINDOW }; /* band: hides nothing; the keys on the right; keys on the left */
 static const char *const option_names[OPTION_BITS] = {"a bool mask", "an added mask", "alibi",
                                                       "sinks",       "softcap",       "scale <= 0"};
@@ -86,7 +87,10 @@ static uint64_t take(uint64_t *class, int bits)
 
 uint64_t fc_class_of(const fc_forward_args *args)
 {
-    int64_t keys, heads = args->batch * args->num_heads_q;
+    int64_t keys, heads;
+    if (__builtin_mul_overflow(args->batch, args->num_heads_q, &heads))
+        heads = MOST_HEADS; /* of arrays that are empty */
+    if (heads > MOST_HEADS) heads = MOST_HEADS;
     uint64_t class = 0, band = band_of(args, &keys);
     int at = 0;
     put(&class, &at, DTYPE_BITS, (uint64_t)args->query.dtype);

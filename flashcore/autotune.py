@@ -46,8 +46,7 @@ class Candidate(NamedTuple):
     num_splits: int
 
     def __str__(self) -> str:
-        splits = f", {self.num_splits} splits" if self.num_splits > 1 else ""
-        return f"{self.kernel} {self.block_m}x{self.block_n}{splits}"
+        return self.kernel + (f" with {self.num_splits} splits" if self.num_splits > 1 else "")
 
 
 Measure = Callable[[Candidate, int], float]

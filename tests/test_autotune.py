@@ -82,7 +82,8 @@ def test_the_fastest_is_chosen_and_said() -> None:
     assert (explained.kernel, explained.tuned) == ("cpu_baseline", True)
     assert "measured to be the fastest here" in str(explained)
     assert_close(flashcore.attention(Q, Q, Q), Q, Q, Q)
-    assert "cpu_baseline 64x128, 3.00 us" in str(tuning)
+    assert "cpu_baseline, 3.00 us" in str(tuning)
+    assert str(Candidate("name", 64, 128, 2)) == "name with 2 splits"
 
 
 @needs_choice

@@ -102,6 +102,7 @@ DIFFERENT: list[dict[str, Any]] = [
     {"head_dim_v": 32},
     {"head_dim": 256, "head_dim_v": 256},
     {"seqlen_q": 2**48, "seqlen_k": 2**10},
+    {"batch": 2**48, "num_heads_q": 2**48, "num_heads_kv": 2**48, "seqlen_q": 0, "seqlen_k": 0},  # empty
 ]
 
 
