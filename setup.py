@@ -281,6 +281,15 @@ def c_flags() -> list[str]:
     return flags
 
 
+def revision(cuda: Cuda | None) -> str:
+    """A digest of all that decides which kernel is fastest: the library's sources, and what compiles them for what."""
+    digest = hashlib.sha256(f"{cuda.version} {cuda.archs}".encode() if cuda else b"")
+    for folder in ("include", "csrc", "csrc/cpu", "kernels", "kernels/*"):
+        for path in sorted(p for p in ROOT.glob(f"{folder}/*") if p.is_file()):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def c_compiles(compiler: list[str], temp: Path, cuda: Cuda | None) -> Iterable[Compile]:
     """The C core and the CPU kernels."""
     for source in sorted([*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc/cpu").glob("*.c")]):
@@ -289,6 +298,8 @@ def c_compiles(compiler: list[str], temp: Path, cuda: Cuda | None) -> Iterable[C
             flags += CPU_KERNEL_FLAGS
             if platform.machine() in ("x86_64", "AMD64"):
                 flags += ISA_FLAGS.get(source.name, [])
+        if source.name == "error.c":
+            flags.append(f'-DFC_REVISION="{revision(cuda)}"')
         if cuda:
             flags += [*cuda.defines(), f'-DFC_CUDA_ARCHS="{" ".join(cuda.archs)}"', f"-I{cuda.include}"]
         output = temp / f"{source.parent.name}_{source.stem}.o"

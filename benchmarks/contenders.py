@@ -70,10 +70,10 @@ class Problem:
         """How many input sets fill the cache twice, so that each call reads memory. At least two."""
         return max(2, math.ceil(2 * cache_bytes / self.bytes))
 
-    def make(self, device: str, sets: int) -> list[Inputs]:
+    def make(self, device: str, sets: int, seed: int = SEED) -> list[Inputs]:
         import torch
 
-        generator = torch.Generator(device).manual_seed(SEED)
+        generator = torch.Generator(device).manual_seed(seed)
         dtype = getattr(torch, self.dtype)
 
         def tensor(heads):

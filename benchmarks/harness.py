@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import pathlib
 import sys
 import time
@@ -56,6 +57,15 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
+class Conclusion:
+    """What a question says of all its rows together."""
+
+    lines: list[str]
+    passed: bool = True  # False: exit status 1
+    facts: dict = dataclasses.field(default_factory=dict)  # for the JSON
+
+
+@dataclasses.dataclass(frozen=True)
 class Question:
     name: str
     text: str  # what is asked, and how it is measured: the head of the report and of --help
@@ -65,6 +75,7 @@ class Question:
     measure: Callable[[Job], dict[str, dict[str, float]]]  # contender -> metric -> figure; "us" for verdicts
     tables: tuple[report.Table, ...]  # the first decides verdicts and the plot
     sets: Callable[[who.Problem, int], int] = lambda problem, cache_bytes: 1  # how many input sets
+    conclude: Callable[[list[dict], argparse.Namespace], Conclusion] = lambda results, options: Conclusion([])
 
 
 class CannotRun(Exception):
@@ -209,6 +220,8 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
 
 def main(question: Question, arguments: list[str] | None = None) -> int:
     options = parse(question, arguments)
+    # What somebody tuned here before would make figures that nobody else gets.
+    os.environ.setdefault("FLASHCORE_AUTOTUNE", "0")
     try:
         require(question, options)
         rows, contenders = select(question, options)
@@ -248,14 +261,17 @@ def main(question: Question, arguments: list[str] | None = None) -> int:
         for figures in result["contenders"].values()
         if not figures.get("disagreement", 0.0) <= figures.get("disagreement_max", 0.0)
     ]
-    print("\n".join(report.remarks(results) + wrong))
+    conclusion = question.conclude(results, options)
+    print("\n".join(report.remarks(results) + wrong + conclusion.lines))
 
     stamp = facts["date"].replace(":", "").replace("+0000", "Z")
     path = options.json or environment.ROOT / "results" / f"{question.name}-{stamp}.json"
     settings = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(options).items()}
-    report.write_json(path, question.name, facts, settings | {"seed": who.SEED}, results)
+    settings["seed"] = who.SEED
+    report.write_json(path, question.name, facts, settings, results, dataclasses.asdict(conclusion))
     print(f"wrote {path}", file=sys.stderr)
     if options.plot:
         report.plot(options.plot, results, question.tables[0], caption)
         print(f"wrote {options.plot}", file=sys.stderr)
-    return 1 if wrong or any(result.get("passed") is False for result in results) else 0
+    missed = any(result.get("passed") is False for result in results)
+    return 1 if wrong or missed or not conclusion.passed else 0

@@ -10,6 +10,7 @@ A result is one row measured: a plain dictionary, in the JSON as it is here.
 
 import dataclasses
 import json
+import math
 import pathlib
 
 
@@ -127,9 +128,21 @@ def remarks(results: list[dict]) -> list[str]:
     return lines
 
 
-def write_json(path: pathlib.Path, question: str, environment: dict, settings: dict, results: list[dict]) -> None:
+def geometric_mean(factors: list[float]) -> float:
+    return math.exp(sum(map(math.log, factors)) / len(factors))
+
+
+def write_json(
+    path: pathlib.Path, question: str, environment: dict, settings: dict, results: list[dict], conclusion: dict
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"question": question, "environment": environment, "settings": settings, "results": results}
+    whole = {
+        "question": question,
+        "environment": environment,
+        "settings": settings,
+        "conclusion": conclusion,
+        "results": results,
+    }
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -161,6 +161,19 @@ def test_refusal_is_told(ask):
     assert "head_dim 16 is not served" in out
 
 
+def test_a_conclusion_is_printed_stored_and_decides(ask, monkeypatch):
+    concluded = harness.Conclusion(["all in all"], False, {"of": 1})
+    monkeypatch.setattr(cpu, "QUESTION", dataclasses.replace(cpu.QUESTION, conclude=lambda results, options: concluded))
+    status, out, written = ask(correct)
+    assert status == 1
+    assert "all in all" in out
+    assert written["conclusion"] == {"lines": ["all in all"], "passed": False, "facts": {"of": 1}}
+
+
+def test_geometric_mean():
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
 def test_missed_bar_fails_the_run(ask):
     assert ask(correct, "--bar", "0.0001")[0] == 0
     assert ask(correct, "--bar", "10000")[0] == 1

@@ -21,7 +21,10 @@ static fc_status check_and_plan(const fc_attention_problem *given, bool need_dat
     fc_status status = fc_check(given, need_data, problem, args);
     if (status != FC_OK) return status;
     if ((status = find_device(problem, given_device, device)) != FC_OK) return status;
-    return fc_plan_forward(problem, args, device, plan);
+    int32_t preferred = fc_tuned_find(problem, args, device);
+    if ((status = fc_plan_forward(problem, args, device, preferred, plan)) != FC_OK) return status;
+    plan->tuned = plan->kernel == preferred; /* it need not serve this very problem */
+    return FC_OK;
 }
 
 static fc_status check_plan_struct(const fc_plan *plan)
@@ -57,6 +60,49 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
     if (status == FC_OK) give_plan(plan, &made);
     return status;
+}
+
+fc_status fc_attention_class(const fc_attention_problem *given, uint64_t *shape_class, char *words, size_t size)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    if (shape_class == NULL) return fc_fail(FC_INVALID, "shape_class is NULL");
+    fc_status status = fc_check(given, false, &problem, &args);
+    if (status != FC_OK) return status;
+    *shape_class = fc_class_of(&args);
+    if (words != NULL) fc_class_describe(*shape_class, words, size);
+    return FC_OK;
+}
+
+fc_status fc_attention_candidates(const fc_attention_problem *given, const fc_device *given_device, fc_plan *plans,
+                                  int32_t capacity, int32_t *count)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    fc_device device;
+    if (count == NULL || capacity < 0 || (plans == NULL && capacity > 0))
+        return fc_fail(FC_INVALID, "count is NULL, capacity is %" PRId32 ", or plans is NULL with room for some",
+                       capacity);
+    for (int32_t i = 0; i < capacity; i++) {
+        fc_status status = check_plan_struct(&plans[i]);
+        if (status != FC_OK) return status;
+    }
+    fc_status status = fc_check(given, false, &problem, &args);
+    if (status == FC_OK) status = find_device(&problem, given_device, &device);
+    fc_plan made;
+    if (status == FC_OK) status = fc_plan_forward(&problem, &args, &device, -1, &made);
+    if (status != FC_OK) return status;
+    int32_t chosen = made.kernel, found = 1;
+    if (capacity > 0) give_plan(&plans[0], &made);
+    for (int32_t i = 0; i < fc_num_kernels; i++) {
+        if (i == chosen || !fc_kernel_is_usable(i, &problem, &args, &device)) continue;
+        status = fc_plan_forward(&problem, &args, &device, i, &made);
+        if (status != FC_OK) return status;
+        if (found < capacity) give_plan(&plans[found], &made);
+        found++;
+    }
+    *count = found;
+    return FC_OK;
 }
 
 int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_device, const fc_plan *given_plan,

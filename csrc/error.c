@@ -29,6 +29,15 @@ const char *fc_version(void)
     return FC_VERSION;
 }
 
+#ifndef FC_REVISION
+#define FC_REVISION "unknown" /* setup.py gives a digest */
+#endif
+
+const char *fc_revision(void)
+{
+    return FC_REVISION;
+}
+
 const char *fc_status_name(fc_status status)
 {
     switch (status) {

@@ -1,8 +1,9 @@
 /*
  * internal.h - what the files of the C core say to each other. Nothing here is exported.
  *
- * The way of a call: attention.c -> check.c (is it right?) -> plan.c (what will run?) -> a CPU kernel or a
- * CUDA launcher; check_backward.c and plan_backward.c for the backward. error.c holds the words, device.c the facts.
+ * The way of a call: attention.c -> check.c (is it right?) -> tuned.c (is a choice known?) -> plan.c (what will run?)
+ * -> a CPU kernel or a CUDA launcher; check_backward.c and plan_backward.c for the backward. error.c holds the words,
+ * device.c the facts, measure.c the clock.
  */
 #ifndef FC_INTERNAL_H
 #define FC_INTERNAL_H
@@ -62,8 +63,12 @@ typedef struct fc_kernel {
 } fc_kernel;
 extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
+/* preferred: a kernel to take where it is usable, before any other; -1: none. */
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                          fc_plan *plan);
+                          int32_t preferred, fc_plan *plan);
+/* Could this kernel run this problem on this device? */
+bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                         const fc_device *device);
 /* Does this device run the kernel? Is it what `forced` (NULL: anything) names? */
 bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device);
 bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced);
@@ -84,6 +89,12 @@ const char *fc_hopper_reads_what(const fc_forward_args *args);
 /* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. */
 void fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                            fc_plan *plan);
+
+/* tuned.c */
+uint64_t fc_class_of(const fc_forward_args *args);
+int fc_class_describe(uint64_t shape_class, char *buffer, size_t size);
+/* The kernel that was tuned for a problem which leaves the choice open; -1: none. */
+int32_t fc_tuned_find(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device);
 
 /* plan_backward.c: pure. */
 fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attention_problem *forward,

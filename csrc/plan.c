@@ -163,12 +163,16 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
             snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
             fc_append(there, sizeof there, pair);
         }
+        char asked[64] = "", block_n[32] = "";
+        if (p->block_m != 0) snprintf(asked, sizeof asked, "block_m=%d", p->block_m);
+        if (p->block_n != 0) snprintf(block_n, sizeof block_n, "block_n=%d", p->block_n);
+        if (block_n[0]) fc_append(asked, sizeof asked, block_n);
         if (there[0])
             return fc_fail(
                 FC_INVALID,
-                "block_m=%d, block_n=%d: no such tile for this problem on %s; there are (block_m, block_n): %s; "
-                "0 lets the library choose",
-                p->block_m, p->block_n, where, there);
+                "%s: no such tile for this problem on %s; there are (block_m, block_n): %s; give one or both "
+                "of a pair, or leave them out to let the library choose",
+                asked, where, there);
     }
     for (int32_t i = 0; i < fc_num_kernels; i++)
         if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], p->kernel))
@@ -208,17 +212,23 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
     return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
+bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                         const fc_device *device)
+{
+    const fc_kernel *row = &fc_kernels[kernel]; /* numbers before words: most rows are of another dtype or head_dim */
+    return row->device_type == device->type && serves(row, problem, args) && fc_kernel_runs_on(row, device) &&
+           fc_kernel_is_named(row, problem->kernel);
+}
+
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                          fc_plan *plan)
+                          int32_t preferred, fc_plan *plan)
 {
     if (device->type != problem->device_type)
         return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
                        problem->device_type, device->type);
-    int32_t chosen = -1;
+    int32_t chosen = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device) ? preferred : -1;
     for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
-        if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], problem->kernel) &&
-            serves(&fc_kernels[i], problem, args))
-            chosen = i;
+        if (fc_kernel_is_usable(i, problem, args, device)) chosen = i;
     if (chosen < 0) return refuse(problem, args, device);
 
     const fc_kernel *kernel = &fc_kernels[chosen];
@@ -237,7 +247,8 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     plan->num_threads = device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
-    if (device->type == FC_CUDA && problem->kernel == NULL && strcmp(kernel->family, "portable") == 0)
+    if (device->type == FC_CUDA && problem->kernel == NULL && chosen != preferred &&
+        strcmp(kernel->family, "portable") == 0)
         for (int32_t i = 0; i < fc_num_kernels; i++)
             if (strcmp(fc_kernels[i].family, "portable") != 0 && fc_kernel_runs_on(&fc_kernels[i], device))
                 plan->slow |= FC_SLOW_NO_FAST_KERNEL;
@@ -262,6 +273,8 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
                  device->compute_capability);
     if (problem->kernel != NULL)
         snprintf(why, sizeof why, "'%.60s' is forced", problem->kernel);
+    else if (plan->tuned)
+        snprintf(why, sizeof why, "it was measured to be the fastest here (flashcore.autotune)");
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
         snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here%s",
                  fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args),

@@ -3,6 +3,7 @@
 from typing import Any, Literal, final
 
 version: str
+revision: str
 cuda_archs: str
 
 def attention(
@@ -53,6 +54,24 @@ def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
 
 def cuda_devices() -> tuple[int, str]:
     """(number of GPUs, the reason where it is 0)."""
+
+def measure(kernel: str, num_calls: int, /, *args: Any, **kwargs: Any) -> float:
+    """Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU."""
+
+def add_tuned(
+    device_type: str,
+    name: str,
+    compute_capability: int,
+    num_sms: int,
+    isa: int,
+    shape_class: int,
+    kernel: str,
+    /,
+) -> None:
+    """From now on, in this process, problems of this class on such a device run on this kernel."""
+
+def clear_tuned() -> None:
+    """Forgets all choices, in this process."""
 @final
 class Buffer:
     """Memory for a result of a kind that cannot be written; handed over through DLPack."""

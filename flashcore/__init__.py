@@ -3,7 +3,8 @@
     import flashcore
     out = flashcore.attention(query, key, value, is_causal=True)  # torch, NumPy, CuPy, JAX, ... in; the same kind out
 
-`attention` is a C function; this package adds `explain`, which says what would run and why, and the facts of the build.
+`attention` is a C function; this package adds `explain`, which says what would run and why, `autotune`, which measures
+what runs best, and the facts of the build.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from flashcore._C import device as _device
 from flashcore._C import kernels as _kernel_names
 from flashcore._C import plan as _plan
 from flashcore._C import version as __version__
+from flashcore.autotune import Candidate, Tuning, TuningCacheWarning, autotune
 
 __all__ = [
+    "Candidate",
     "Explanation",
     "Kernel",
     "SlowPathWarning",
+    "Tuning",
+    "TuningCacheWarning",
     "__version__",
     "attention",
+    "autotune",
     "explain",
     "include_path",
     "kernels",
@@ -54,6 +60,9 @@ class Explanation:
     workspace_bytes: int
     copies: tuple[str, ...]  # operands that would be copied first
     slow: tuple[str, ...]  # why this is not the fast path; empty where it is
+    tuned: bool  # autotune() chose, in this process or an earlier one; else the planner
+    candidates: tuple[Candidate, ...]  # what could run it: the planner's own choice, then the others that serve it
+    shape_class: str  # in words: what a tuned choice for it holds for
     reason: str
 
     @property
@@ -71,8 +80,12 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises what attention(...) would raise for these arguments.
     """
     plan = _plan(*args, **kwargs)
+    del plan["device_type"], plan["device_id"]  # the caller knows
     slow = plan.pop("slow")
-    return Explanation(copies=(), slow=tuple(text for bit, text in _SLOW.items() if slow & bit), **plan)
+    plan["slow"] = tuple(text for bit, text in _SLOW.items() if slow & bit)
+    plan["candidates"] = tuple(Candidate(*each) for each in plan["candidates"])
+    plan["shape_class"] = plan.pop("class_words")
+    return Explanation(copies=(), **plan)
 
 
 @dataclass(frozen=True)

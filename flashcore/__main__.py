@@ -1,4 +1,5 @@
-"""python -m flashcore: info (what was built, what is here), paths (library and header), selftest (is it right?)."""
+"""python -m flashcore: info (what was built, what is here), paths (library and header), selftest (is it right?), tune
+(what is fastest here?)."""
 
 from __future__ import annotations
 
@@ -8,18 +9,20 @@ import sys
 
 import flashcore
 from flashcore import _C
-
-_ISA = ("baseline instructions", "AVX2", "AVX-512")
+from flashcore._tune import GRAMMAR, tune
+from flashcore.autotune import ISA_WORDS, summary
 
 
 def info() -> int:
     """Everything that a bug report needs, ready to paste."""
     cpu = _C.device("cpu")
     count, why_none = _C.cuda_devices()
-    print(f"flashcore {flashcore.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(
+        f"flashcore {flashcore.__version__} at {_C.revision}, Python {platform.python_version()}, {platform.platform()}"
+    )
     print(f"library   {flashcore.library_path()}")
     print(f"built for {'CUDA architectures ' + _C.cuda_archs if _C.cuda_archs else 'the CPU alone'}")
-    print(f"CPU       {platform.machine()} with {_ISA[cpu['isa']]}, {cpu['num_threads']} threads")
+    print(f"CPU       {platform.machine()} with {ISA_WORDS[cpu['isa']]}, {cpu['num_threads']} threads")
     for i in range(count):
         gpu = _C.device("cuda", i)
         capability, driver = gpu["compute_capability"], gpu["driver_version"]
@@ -29,6 +32,7 @@ def info() -> int:
         )
     if count == 0:
         print(f"GPU       none: {why_none}")
+    print(f"tuned     {summary()}")
     for name in ("torch", "numpy", "cupy", "jax"):
         print(f"{name:9} {_version_of(name)}")
     print("kernels, in the order in which they are tried:")
@@ -66,11 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--cflags", action="store_true", help="print compiler arguments")
     where.add_argument("--libs", action="store_true", help="print linker arguments")
     commands.add_parser("selftest", help="check every kernel of this machine against float64")
+    tuning = commands.add_parser("tune", help="measure which kernels are fastest here, for later calls")
+    tuning.add_argument("shape", nargs="*", help=f"{GRAMMAR}; default: a list of 40 (on a CPU: the small ones)")
+    tuning.add_argument("--device", help="cpu, cuda or cuda:1; default: the first GPU, the CPU where there is none")
+    tuning.add_argument("--again", action="store_true", help="measure also what is known already")
     given = parser.parse_args(arguments)
     if given.command == "info":
         return info()
     if given.command == "paths":
         return paths(given.cflags, given.libs)
+    if given.command == "tune":
+        return tune(given.shape, given.device, given.again)
     from flashcore._selftest import selftest
 
     return selftest()

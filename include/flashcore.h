@@ -167,10 +167,16 @@ typedef struct fc_plan {
     int64_t num_blocks;       /* thread blocks that share the tiles on a GPU; 0 on the CPU */
     int64_t heads_at_once;    /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
     int64_t num_groups;       /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
+    int32_t tuned;            /* 1: fc_tuned_add's choice, not the planner's own */
+    int32_t reserved;         /* 0 */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */
 FC_API const char *fc_version(void);
+
+/* A digest of the sources, compiler and architectures of this build: what is measured on one may not hold on another.
+ */
+FC_API const char *fc_revision(void);
 
 /* "FC_OK", "FC_INVALID", ...; never NULL. */
 FC_API const char *fc_status_name(fc_status status);
@@ -222,6 +228,47 @@ FC_API int fc_plan_describe(const fc_attention_problem *problem, const fc_device
  */
 FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void *workspace, uint64_t workspace_bytes,
                                       void *stream);
+
+/*
+ * Tuning: which kernel serves a problem best on this device can be measured, and the planner told. Nothing is ever
+ * measured but by fc_attention_measure. A tuner asks for the candidates of a problem, measures each with the problem's
+ * kernel forced, and adds the fastest under the problem's class.
+ */
+
+/*
+ * The class of a problem: a number that problems share which differ so little that one choice serves all. Its bits
+ * are the dtype, the options, the band, and sizes in steps (docs/tuning.md); they stay what they are within one
+ * fc_revision(). words: NULL, or room for its description, cut at size bytes. Array data pointers may be null.
+ */
+FC_API fc_status fc_attention_class(const fc_attention_problem *problem, uint64_t *shape_class, char *words,
+                                    size_t size);
+
+/*
+ * Everything that could run a problem on a device: the planner's own choice (whatever is tuned) first, then the other
+ * kernels in their order. *count is how many there are, of which at most `capacity` are written to plans; of each, the
+ * struct_size must be set. A forced kernel or block leaves those that fit it. Otherwise as fc_attention_plan.
+ */
+FC_API fc_status fc_attention_candidates(const fc_attention_problem *problem, const fc_device *device, fc_plan *plans,
+                                         int32_t capacity, int32_t *count);
+
+/*
+ * Computes attention as fc_attention_forward does, num_calls times and more, and says how long one call takes. On a
+ * GPU that is device time, of a CUDA graph of num_calls calls on a stream of its own, after `stream`'s work; on the
+ * CPU it is wall time. Returns when all is done; inside a stream capture it fails.
+ */
+FC_API fc_status fc_attention_measure(const fc_attention_problem *problem, void *workspace, uint64_t workspace_bytes,
+                                      void *stream, int32_t num_calls, double *microseconds);
+
+/*
+ * From now on problems of this class on such a device (its name, capability, number of multiprocessors and isa count)
+ * run on this kernel, wherever it serves them, in all threads; a later choice for the class replaces it. Problems
+ * that force a kernel or a block, or say FC_DETERMINISTIC, ignore it. All else of their plans, splits too, is the
+ * planner's. There is room for about 2,000 classes; FC_OUT_OF_MEMORY then.
+ */
+FC_API fc_status fc_tuned_add(const fc_device *device, uint64_t shape_class, const char *kernel);
+
+/* Forgets all choices. */
+FC_API void fc_tuned_clear(void);
 
 /*
  * The backward pass: from the gradient of a loss with respect to out, and to lse where that was used too, the

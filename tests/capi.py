@@ -95,18 +95,27 @@ class Plan(ctypes.Structure):
         ("num_blocks", ctypes.c_int64),
         ("heads_at_once", ctypes.c_int64),
         ("num_groups", ctypes.c_int64),
+        ("tuned", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     ]
 
 
 @cache
 def library() -> Any:
     lib = ctypes.CDLL(flashcore.library_path())
-    for name in ("fc_version", "fc_status_name", "fc_last_error", "fc_kernel_name", "fc_cuda_archs"):
+    for name in ("fc_version", "fc_revision", "fc_status_name", "fc_last_error", "fc_kernel_name", "fc_cuda_archs"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.fc_attention_plan.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     lib.fc_attention_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
     lib.fc_attention_backward_plan.argtypes = lib.fc_attention_plan.argtypes
     lib.fc_attention_backward.argtypes = lib.fc_attention_forward.argtypes
+    lib.fc_attention_class.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    lib.fc_attention_candidates.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int32, ctypes.c_void_p]
+    lib.fc_attention_measure.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
+    ]  # fmt: skip
+    lib.fc_tuned_add.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p]
+    lib.fc_tuned_clear.restype = None
     lib.fc_plan_describe.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t]
     lib.fc_device_query.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     lib.fc_malloc.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
@@ -214,6 +223,28 @@ def plan(made: Problem, device: Device | None = None) -> tuple[int, Plan]:
         ctypes.byref(made), None if device is None else ctypes.byref(device), ctypes.byref(result)
     )
     return status, result
+
+
+def shape_class(made: Problem) -> tuple[int, str]:
+    """The number, and the words for it."""
+    number, words = ctypes.c_uint64(), ctypes.create_string_buffer(256)
+    status = library().fc_attention_class(ctypes.byref(made), ctypes.byref(number), words, 256)
+    assert status == OK, last_error()
+    return number.value, words.value.decode()
+
+
+def candidates(made: Problem, device: Device, capacity: int = 128) -> tuple[int, list[Plan], int]:
+    """Status, the plans that were written, and how many there are."""
+    plans = (Plan * capacity)(*[Plan(struct_size=ctypes.sizeof(Plan)) for _ in range(capacity)])
+    count = ctypes.c_int32(-1)
+    status = library().fc_attention_candidates(
+        ctypes.byref(made), ctypes.byref(device), plans, capacity, ctypes.byref(count)
+    )
+    return status, list(plans)[: max(0, count.value)], count.value
+
+
+def add_tuned(device: Device, made: Problem, kernel: bytes) -> int:
+    return int(library().fc_tuned_add(ctypes.byref(device), shape_class(made)[0], kernel))
 
 
 def forward(made: Problem) -> int:

@@ -7,6 +7,7 @@ Whatever this machine lacks is skipped, and says why.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from devices import Kernel, may_refuse
 from hypothesis import settings
 
 import flashcore
+
+# A developer's own tuned choices must not decide what is tested, here or in a process that a test starts.
+os.environ["FLASHCORE_AUTOTUNE"] = "0"
 
 # One fixed set of examples for everyday runs: the suite says the same thing twice. HYPOTHESIS_PROFILE=deep searches on.
 settings.register_profile("everyday", max_examples=150, deadline=None, derandomize=True, database=None)

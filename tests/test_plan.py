@@ -115,12 +115,43 @@ def test_cpu_threads(shape: dict[str, int], machine: int, asked: int, threads: i
     assert (status, plan.num_threads) == (OK, threads)
 
 
-def test_blocks_may_be_said_if_they_are_right() -> None:
-    assert capi.plan(cpu(block_m=64, block_n=128), capi.cpu_device())[0] == OK
-    assert capi.plan(cpu(block_m=64), capi.cpu_device())[0] == OK
-    assert capi.plan(cpu(block_m=128), capi.cpu_device())[0] == INVALID
-    assert "(64, 128)" in capi.last_error()
-    assert "block_m=128" in capi.last_error()
+@pytest.mark.parametrize("fields", [{"block_m": 64, "block_n": 128}, {"block_m": 64}, {"block_n": 128}], ids=str)
+def test_blocks_may_be_said_if_they_are_right(fields: dict[str, int]) -> None:
+    status, plan = capi.plan(cpu(**fields), capi.cpu_device())
+    assert (status, plan.block_m, plan.block_n) == (OK, 64, 128)
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"block_m": 128}, "block_m=128: no such tile"),
+        ({"block_n": 64}, "block_n=64: no such tile"),
+        ({"block_m": 64, "block_n": 64}, "block_m=64, block_n=64: no such tile"),
+        ({"block_m": 128, "block_n": 128}, "block_m=128, block_n=128: no such tile"),
+        ({"block_m": 128, "kernel": b"cpu_baseline"}, "block_m=128: no such tile"),
+        ({"block_m": -1}, "allowed: 0 to let the library choose"),
+    ],
+    ids=str,
+)
+def test_blocks_that_there_are_not(fields: dict[str, Any], words: str) -> None:
+    assert capi.plan(cpu(**fields), capi.cpu_device())[0] == INVALID
+    assert words in capi.last_error()
+    if "no such tile" in words:
+        assert "there are (block_m, block_n): (64, 128); give one or both of a pair" in capi.last_error()
+
+
+@pytest.mark.parametrize("name", ["block_m", "block_n"])
+def test_blocks_in_python(name: str) -> None:
+    import numpy as np
+
+    q = np.zeros((1, 1, 10, 8), np.float32)
+    with pytest.raises(ValueError, match=rf"{name}=7: no such tile .*: \(64, 128\)"):
+        flashcore.attention(q, q, q, **{name: 7})
+    for wrong in (0, -1, 2**31):
+        with pytest.raises(ValueError, match=f"{name} is {wrong}; allowed: None"):
+            flashcore.attention(q, q, q, **{name: wrong})
+    right = {"block_m": 64, "block_n": 128}[name]
+    assert getattr(flashcore.explain(q, q, q, **{name: right}), name) == right
 
 
 # Pure
@@ -216,6 +247,9 @@ def test_explain_says_what_the_plan_says() -> None:
     assert explained.copies == explained.slow == ()
     assert explained.kernel in str(explained)
     assert "200" not in explained.kernel
+    assert explained.candidates[0] == (explained.kernel, explained.block_m, explained.block_n, explained.num_splits)
+    assert [each.kernel for each in explained.candidates] == [k.name for k in KERNELS if k.device == "cpu" and k.usable]
+    assert "up to 16 heads in groups of 1, 256 queries, 256 keys" in explained.shape_class
 
 
 # GPUs
@@ -611,6 +645,22 @@ def test_a_forced_tile_on_hopper() -> None:
     assert name_of(capi.plan(same, HOPPER)[1]) == name_of(plan)
     assert capi.plan(capi.shapes_only(block_m=8, kernel=b"hopper"), HOPPER)[0] == INVALID
     assert f"({plan.block_m}, {plan.block_n})" in capi.last_error()
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("name", ["block_m", "block_n"])
+@pytest.mark.parametrize("forced", [None, b"hopper", b"portable"])
+def test_one_side_of_a_tile_may_be_forced(forced: bytes | None, name: str) -> None:
+    """Each size that the list names can be asked for by itself, and what runs has it."""
+    assert capi.plan(capi.shapes_only(kernel=forced, **{name: 9999}), HOPPER)[0] == INVALID
+    pairs = re.findall(r"\((\d+), (\d+)\)", capi.last_error())
+    assert pairs
+    for pair in pairs:
+        size = int(pair[name == "block_n"])
+        status, plan = capi.plan(capi.shapes_only(kernel=forced, **{name: size}), HOPPER)
+        assert (status, getattr(plan, name)) == (OK, size)
+        status, plan = capi.plan(capi.shapes_only(kernel=forced, block_m=int(pair[0]), block_n=int(pair[1])), HOPPER)
+        assert (status, plan.block_m, plan.block_n) == (OK, int(pair[0]), int(pair[1]))
 
 
 @needs_hopper_build

@@ -11,6 +11,7 @@
  *   result.c     arrays out: made by the query's own allocator
  *   support.c    facts of dtypes, and the way to flashcore/_interop.py
  *   buffer.c     memory of our own that speaks DLPack, for results of kinds that cannot be written
+ *   tune.c       tuned choices, in and out
  *
  * Conventions: a function that returns int gives 0, or -1 with a Python exception set. Objects are
  * borrowed unless a comment says otherwise.
@@ -71,6 +72,7 @@ typedef struct fc_state {
     PyObject *interop;          /* flashcore._interop, once needed */
     PyObject *slow_warning;     /* flashcore.SlowPathWarning */
     uint32_t slow_warned;       /* FC_SLOW_* reasons already warned of */
+    bool is_tuned_loaded;       /* flashcore.autotune was asked for what earlier processes tuned */
 
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
@@ -191,5 +193,15 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
 /* call.c */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+
+/* tune.c */
+
+/* What earlier processes tuned, read once, before the first call that leaves the choice open. */
+int fc_load_tuned(fc_state *state, const fc_attention_problem *problem);
+/* Adds to a plan's dict who chose it, for what class of problems, and what else could run. */
+int fc_add_choices(PyObject *dict, const fc_attention_problem *problem, const fc_plan *plan);
+PyObject *fc_py_add_tuned(PyObject *module, PyObject *args);
+PyObject *fc_py_clear_tuned(PyObject *module, PyObject *unused);
 
 #endif /* FC_BINDING_H */

@@ -210,6 +210,7 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
     p->head_dim_v = g->head_dim_v;
     call->batches.ndim = g->num_batch_dims;
     memcpy(call->batches.shape, g->batch_shape, sizeof call->batches.shape);
+    if (!call->state->is_tuned_loaded && fc_load_tuned(call->state, p) != 0) return -1;
     if (call->any_torch && p->device_type == FC_CPU) return fc_torch_num_threads(call->state, &p->num_threads);
     return 0;
 }
@@ -459,7 +460,62 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
                       plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads",
                       plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls", (long long)num_calls,
                       "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
+    if (returned != NULL && fc_add_choices(returned, &call.problem, &plan) != 0) Py_CLEAR(returned);
 done:
     release(&call);
+    return returned;
+}
+
+/* Times the folded problem, once where the batches take several calls. */
+static int measure(fc_call *call, int32_t num_calls, double *microseconds)
+{
+    fc_attention_problem *problem = &call->problem;
+    fc_plan plan = {.struct_size = sizeof plan};
+    int64_t ignored;
+    if (fold(call, &ignored) != 0 || order_streams(call, true) != 0) return -1;
+    fc_status status = fc_attention_plan(problem, NULL, &plan);
+    if (status != FC_OK) return raise_status(status);
+    void *workspace = NULL;
+    Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
+        fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
+    if (status == FC_OK)
+        status = fc_attention_measure(problem, workspace, plan.workspace_bytes, call->stream, num_calls, microseconds);
+    if (workspace != NULL) fc_free(problem->device_type, problem->device_id, workspace, call->stream);
+    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : raise_status(status);
+}
+
+/* measure(kernel, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
+PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    enum { OWN = 2 };
+    if (num_args < OWN || !PyUnicode_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError,
+                        "measure() takes a kernel's name, a number of calls and then attention's arguments");
+        return NULL;
+    }
+    const char *kernel = PyUnicode_AsUTF8AndSize(args[0], NULL);
+    long num_calls = PyLong_AsLong(args[1]);
+    if (kernel == NULL || (num_calls == -1 && PyErr_Occurred())) return NULL;
+    if (num_calls > INT32_MAX) num_calls = INT32_MAX; /* refused below */
+    if (num_calls < 0) num_calls = 0;
+
+    fc_call call;
+    memset(&call, 0, sizeof call);
+    call.state = PyModule_GetState(module);
+    fc_result out = {NULL, NULL}, lse = {NULL, NULL};
+    double microseconds;
+    PyObject *returned = NULL;
+    if (prepare(&call, args + OWN, num_args - OWN, keyword_names) != 0) goto done;
+    call.problem.kernel = kernel;
+    if (make_result(&call, FC_OUT, &out) != 0) goto done;
+    if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
+    if (measure(&call, (int32_t)num_calls, &microseconds) != 0) goto done;
+    returned = PyFloat_FromDouble(microseconds);
+done:
+    release(&call);
+    Py_XDECREF(out.object);
+    Py_XDECREF(out.finish);
+    Py_XDECREF(lse.object);
+    Py_XDECREF(lse.finish);
     return returned;
 }

@@ -48,10 +48,14 @@ PyDoc_STRVAR(
     "    return_lse: also return log(sum(exp(score))), natural, [..., num_heads_q, seqlen_q] in both layouts, float32\n"
     "        (float64 for float64); -inf for a row that sees no key.\n"
     "    out: an array of the result's shape and dtype to write to; returned as the same object.\n"
-    "    deterministic: make a row's bits independent of the batch around it (the forward is always repeatable).\n"
+    "    deterministic: make a row's bits independent of the batch around it, and of what autotune() chose (the "
+    "forward\n"
+    "        is always repeatable).\n"
     "    stream: for GPU arrays whose library has no current stream (JAX, Numba): a cudaStream_t as int or a stream "
     "object.\n"
-    "    block_m, block_n: force a tile, rows and keys, that explain() names.\n"
+    "    block_m, block_n: force a tile, rows and keys, of those in explain(...).candidates; one alone leaves the "
+    "other\n"
+    "        open.\n"
     "\n"
     "Returns:\n"
     "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
@@ -63,6 +67,14 @@ PyDoc_STRVAR(
     "fit.\n"
     "    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
+
+PyDoc_STRVAR(measure_doc,
+             "measure(kernel, num_calls, /, *args, **kwargs)\n--\n\n"
+             "Microseconds per call of attention(...) on this kernel, of num_calls in a row: device time on a GPU.\n");
+
+PyDoc_STRVAR(add_tuned_doc,
+             "add_tuned(device_type, name, compute_capability, num_sms, isa, shape_class, kernel, /)\n--\n\n"
+             "From now on, in this process, problems of this class on such a device run on this kernel.\n");
 
 PyDoc_STRVAR(plan_doc,
              "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
@@ -118,6 +130,9 @@ static PyMethodDef methods[] = {
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},
+    {"measure", (PyCFunction)(void (*)(void))fc_py_measure, METH_FASTCALL | METH_KEYWORDS, measure_doc},
+    {"add_tuned", fc_py_add_tuned, METH_VARARGS, add_tuned_doc},
+    {"clear_tuned", fc_py_clear_tuned, METH_NOARGS, "clear_tuned()\n--\n\nForgets all choices, in this process."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -138,6 +153,7 @@ static int exec(PyObject *module)
     Py_XDECREF(buffer);
     if (error != 0) return -1;
     if (PyModule_AddStringConstant(module, "version", fc_version()) != 0) return -1;
+    if (PyModule_AddStringConstant(module, "revision", fc_revision()) != 0) return -1;
     return PyModule_AddStringConstant(module, "cuda_archs", fc_cuda_archs());
 }
 

@@ -121,7 +121,7 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attent
     fc_plan plan = {};
     plan.struct_size = sizeof plan;
     int status = fc_check(given, true, &problem, &args);
-    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, &plan);
+    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, &plan);
     if (status != FC_OK || plan.grid == 0) return status;
     return -fc_kernels[plan.kernel].launcher(&args, &plan, nullptr, nullptr);
 }
