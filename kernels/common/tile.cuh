@@ -11,10 +11,16 @@
 
 namespace fc {
 
-/* tile_smem: [ROWS][PITCH]. fours: rows_of_fours() says that groups of four may be moved at once. */
-template <class T, int ROWS, int COLUMNS, int PITCH, int THREADS>
+struct every_row {
+    __device__ __forceinline__ bool operator()(int) const { return true; }
+};
+
+/* tile_smem: [ROWS][PITCH]. fours: rows_of_fours() says that groups of four may be moved at once. A row of the tile
+ * that `keep` refuses becomes zero too. */
+template <class T, int ROWS, int COLUMNS, int PITCH, int THREADS, class Keep = every_row>
 __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::element *tile_gmem, int64_t row_stride,
-                                          int64_t column_stride, int64_t rows, int64_t columns, bool fours)
+                                          int64_t column_stride, int64_t rows, int64_t columns, bool fours,
+                                          Keep keep = {})
 {
     if (fours) {
         constexpr int THREADS_PER_ROW = COLUMNS / 4;
@@ -35,7 +41,10 @@ __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::el
 #pragma unroll
             for (int n = 0; n < IN_FLIGHT; n++) {
                 staged[n] = {};
-                if (row < rows) staged[n] = *(const four<T> *)source;
+                if (row < rows) { /* both are asked for before either is there */
+                    staged[n] = *(const four<T> *)source;
+                    if (!keep(row)) staged[n] = {};
+                }
                 row += ROWS_AT_ONCE;
                 source += next;
             }
@@ -51,7 +60,7 @@ __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::el
         for (int index = threadIdx.x; index < ROWS * COLUMNS; index += THREADS) {
             const int row = index / COLUMNS, column = index % COLUMNS;
             float x = 0;
-            if (row < rows && column < columns) {
+            if (row < rows && column < columns && keep(row)) {
                 x = T::to_float(tile_gmem[row * row_stride + column * column_stride]);
             }
             tile_smem[row * PITCH + column] = x;
