@@ -269,6 +269,8 @@ __launch_bounds__(THREADS,
                               : TARGET == target::dk ? params.args.dk
                                                      : params.args.dv;
     const int64_t columns = TARGET == target::dv ? args.head_dim_v : args.head_dim;
+    const bool fours = fc::rows_of_fours<T>(result, columns);
+    const float factor = TARGET == target::dv ? 1.0f : (float)args.scale;
     shared_memory &smem = *(shared_memory *)dynamic_smem;
     const thread_place place;
 
@@ -299,8 +301,6 @@ __launch_bounds__(THREADS,
         }
 
         const row_facts *facts = facts_of(params, own.batch, own.first_head);
-        const bool fours = fc::rows_of_fours<T>(result, columns);
-        const float factor = TARGET == target::dv ? 1.0f : (float)args.scale;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int64_t row = own.first + place.first_row + r * LANES_Y;
