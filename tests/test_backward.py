@@ -203,6 +203,15 @@ def test_summed_gradients_of_nothing_are_zero(empty: str, device: str, dtype: st
     check(*with_options(case, made, {"attn_mask": cases.place(mask)}, device=device))
 
 
+@everywhere("float32")
+@pytest.mark.parametrize("window", [(0, 0), (1, 0), (0, 1), (65, 0), (0, 65), (33, 31), (None, 1), (1, None)], ids=str)
+def test_bands_that_end_where_a_tile_does(window: tuple[int, int], device: str, dtype: str) -> None:
+    """The first or last of the rows that see a key, or keys that a row sees, is alone in a tile of 32, 64 or 128."""
+    for head_dim in (16, 136):
+        case = Case("edge", num_heads_kv=1, seqlen_q=150, seqlen_k=140, head_dim=head_dim, options={"window": window})
+        check(*make(case, dtype, device=device))
+
+
 # What must not be read
 
 
@@ -233,6 +242,16 @@ def test_keys_and_values_behind_a_sequence_end_do_not_matter(lengths: tuple[int,
         made.key[b, :, length:] = np.nan
         made.value[b, :, length:] = np.nan
     check(call, expected)
+
+
+@pytest.mark.parametrize("device", [CUDA, EMULATED])
+@pytest.mark.parametrize("name", ["lower_right_many_rows", "mask_bool_dark_rows"])
+def test_a_row_that_sees_no_key_has_no_gradient_whatever_the_keys_hold(name: str, device: str) -> None:
+    call, _ = make(CASES[name], "float32", device=device)
+    dark = np.isneginf(call.lse)
+    call.inputs.key[:, :, 3] = np.nan
+    call.inputs.value[:, :, 3] = np.inf
+    assert not call.run()["dq"][dark].any()
 
 
 @pytest.mark.parametrize("kind", ["bool", "added"])

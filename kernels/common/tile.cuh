@@ -1,7 +1,7 @@
 /*
  * tile.cuh - a block of threads brings a tile [ROWS][COLUMNS] of any strides to shared memory, as float32.
  *
- * What lies outside the array, past `rows` or `columns`, is never read and becomes zero: a zero column adds
+ * What lies outside the array, past `rows_there` or `columns_there`, is never read and becomes zero: a zero column adds
  * nothing to q.k, and a zero value row times probability 0 is 0, whatever lies behind the sequence's end.
  */
 #ifndef FC_COMMON_TILE_CUH
@@ -19,9 +19,11 @@ struct every_row {
  * that `keep` refuses becomes zero too. */
 template <class T, int ROWS, int COLUMNS, int PITCH, int THREADS, class Keep = every_row>
 __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::element *tile_gmem, int64_t row_stride,
-                                          int64_t column_stride, int64_t rows, int64_t columns, bool fours,
+                                          int64_t column_stride, int64_t rows_there, int64_t columns_there, bool fours,
                                           Keep keep = {})
 {
+    int rows = (int)min(rows_there, (int64_t)ROWS);
+    const int columns = (int)min(columns_there, (int64_t)COLUMNS);
     if (fours) {
         constexpr int THREADS_PER_ROW = COLUMNS / 4;
         constexpr int ROWS_AT_ONCE = THREADS / THREADS_PER_ROW;

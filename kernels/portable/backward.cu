@@ -94,13 +94,14 @@ struct matrix {
     const fc_tensor &tensor;
     const T::element *data;
     const row_facts *facts;
-    int64_t rows, columns; /* that there are, whatever a tile's size */
+    int rows, columns; /* that there are, or 2^30: no tile is so large */
     bool fours;
 
     __device__ __forceinline__ matrix(const fc_tensor &of, int64_t batch, int64_t head, int64_t row, int64_t seqlen,
                                       int64_t head_dim, const row_facts *row_facts = nullptr)
-        : tensor(of), data(fc::row_of<const T::element>(of, batch, head, row)), facts(row_facts), rows(seqlen - row),
-          columns(head_dim), fours(fc::rows_of_fours<T>(of, head_dim))
+        : tensor(of), data(fc::row_of<const T::element>(of, batch, head, row)), facts(row_facts),
+          rows((int)min(seqlen - row, (int64_t)1 << 30)), columns((int)head_dim),
+          fours(fc::rows_of_fours<T>(of, head_dim))
     {
     }
 
@@ -374,7 +375,6 @@ __launch_bounds__(THREADS,
                         if (key >= seen.end || key + BLOCK_N <= seen.first) continue;
                         const matrix a(args.query, batch, head, row, args.seqlen_q, args.head_dim);
                         float ds[ROWS][KEYS] = {};
-                        __syncthreads(); /* the last readers of a and of sums are done */
                         a.load<BLOCK_M, HEAD_DIM, A_PITCH>(smem.a, 0, 0);
                         weigh<target::dbias>(ds, smem, params, {batch, head, head_kv, row, key}, place);
 #pragma unroll
@@ -387,9 +387,9 @@ __launch_bounds__(THREADS,
             }
         }
 
-        /* The tile's own rows and keys are added up last, by one thread for each element that is stored. */
+        /* The tile's own rows and keys are added up last, by one thread for each element that is stored. a was last
+         * read before the barriers that c and d wait for. */
         const bool sums_rows = dbias.strides[2] == 0, sums_keys = dbias.strides[3] == 0;
-        __syncthreads(); /* the last readers of a, or of the last tile's sums, are done */
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -410,6 +410,7 @@ __launch_bounds__(THREADS,
             }
             write_value(dbias, corner + row * dbias.strides[2] + key * dbias.strides[3], total);
         }
+        __syncthreads(); /* the sums have been read: a may come */
     }
 }
 
@@ -484,9 +485,8 @@ static __device__ void count_again(const backward_params &params, shared_memory 
 }
 
 /* A warp takes a row at a time. */
-static __global__
-__launch_bounds__(THREADS,
-                  blocks_per_sm(SCORES)) void FC_NAME(prepare_kernel)(const __grid_constant__ backward_params params)
+static __global__ __launch_bounds__(THREADS, blocks_per_sm(3 * SCORES)) void FC_NAME(prepare_kernel)(
+    const __grid_constant__ backward_params params)
 {
     const fc_forward_args &args = params.args.forward;
     const fc_tensor &dout = params.args.dout, &dlse = params.args.dlse;

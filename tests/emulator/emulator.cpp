@@ -159,6 +159,7 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const 
     int status = fc_check_backward(given, true, &problem, &forward, &args);
     if (status == FC_OK) status = fc_plan_backward(&problem, &forward, &args, device, &plan);
     if (status != FC_OK || plan.grid == 0) return status;
+    plan.num_blocks = std::min<int64_t>(plan.num_blocks, 7); /* each takes several tiles in turn */
 
     constexpr size_t GUARD = 256;
     std::vector<unsigned char> workspace(plan.workspace_bytes + 2 * GUARD + 256, 0xff);
