@@ -320,6 +320,7 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
             "-std=c++17",
             "-O3",
             "-lineinfo",
+            "-Xfatbin=-compress-all",  # with -lineinfo's text more than half of the library; the driver unpacks it
             "-DNDEBUG",
             *INCLUDES,
         ]
