@@ -17,7 +17,7 @@ struct every_row {
 
 /* tile_smem: [ROWS][PITCH]. fours: rows_of_fours() says that groups of four may be moved at once. A row of the tile
  * that `keep` refuses becomes zero too. */
-template <class T, int ROWS, int COLUMNS, int PITCH, int THREADS, class Keep = every_row>
+template <class T, int ROWS, int COLUMNS, int PITCH, int THREADS, int MOST_IN_FLIGHT = 8, class Keep = every_row>
 __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::element *tile_gmem, int64_t row_stride,
                                           int64_t column_stride, int64_t rows_there, int64_t columns_there, bool fours,
                                           Keep keep = {})
@@ -28,7 +28,8 @@ __device__ __forceinline__ void load_tile(float *tile_smem, const typename T::el
         constexpr int THREADS_PER_ROW = COLUMNS / 4;
         constexpr int ROWS_AT_ONCE = THREADS / THREADS_PER_ROW;
         constexpr int STEPS = ROWS / ROWS_AT_ONCE;
-        constexpr int IN_FLIGHT = STEPS < 8 ? STEPS : 8; /* loads per thread before the first is waited for */
+        /* Loads per thread before the first is waited for. */
+        constexpr int IN_FLIGHT = STEPS < MOST_IN_FLIGHT ? STEPS : MOST_IN_FLIGHT;
         static_assert(THREADS % THREADS_PER_ROW == 0 && ROWS % ROWS_AT_ONCE == 0 && STEPS % IN_FLIGHT == 0,
                       "a tile is whole steps of the block");
         const int column = threadIdx.x % THREADS_PER_ROW * 4;
