@@ -210,6 +210,7 @@ def choose_archs() -> tuple[str, ...]:
 class Variant:
     """A row of kernels/variants.def."""
 
+    op: str  # forward or backward
     family: str
     dtype: str
     head_dim: str
@@ -221,7 +222,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.family}_{self.dtype}_d{self.head_dim}_{self.mask}"
+        op = "" if self.op == "forward" else f"{self.op}_"
+        return f"{self.family}_{op}{self.dtype}_d{self.head_dim}_{self.mask}"
 
     def serves(self, arch: str) -> bool:
         """Is a row for its arch to be compiled for this target? '90a' means that one alone."""
@@ -229,14 +231,14 @@ class Variant:
         return target == self.arch if self.arch.endswith("a") else int(target.rstrip("af")) >= int(self.arch)
 
     def defines(self) -> list[str]:
-        return [f"-DFC_{field.upper()}={value}" for field, value in vars(self).items() if field != "arch"]
+        return [f"-DFC_{field.upper()}={value}" for field, value in vars(self).items() if field not in ("op", "arch")]
 
 
 def read_variants() -> list[Variant]:
     text = (ROOT / "kernels/variants.def").read_text()
     return [
-        Variant(*(column.strip() for column in row.split(",")))
-        for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", text, re.M)
+        Variant("backward" if backward else "forward", *(column.strip() for column in row.split(",")))
+        for backward, row in re.findall(r"^FC_(BACKWARD_)?VARIANT\(([^)]*)\)", text, re.M)
     ]
 
 
@@ -318,7 +320,7 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
         targets = [arch for arch in cuda.archs if variant.serves(arch)]
         if not targets:
             continue
-        source = ROOT / "kernels" / variant.family / "forward.cu"
+        source = ROOT / "kernels" / variant.family / f"{variant.op}.cu"
         output = temp / f"{variant.name}.o"
         command = [
             str(cuda.nvcc),
@@ -329,6 +331,7 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
             "-std=c++17",
             "-O3",
             "-lineinfo",
+            "-Xfatbin=-compress-all",  # with -lineinfo's text more than half of the library; the driver unpacks it
             "-DNDEBUG",
             *INCLUDES,
         ]

@@ -164,6 +164,17 @@ static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_
     return fc_cuda_fail(error, "launching an attention kernel");
 }
 
+static fc_status run_cuda_backward(int32_t device_id, const fc_backward_args *args, const fc_plan *plan,
+                                   void *workspace, void *stream)
+{
+    int32_t previous;
+    fc_status status = fc_device_enter(device_id, &previous);
+    if (status != FC_OK) return status;
+    int error = fc_backward_launcher_of(plan->kernel)(args, plan, workspace, stream);
+    fc_device_leave(device_id, previous);
+    return fc_cuda_fail(error, "launching a backward kernel");
+}
+
 fc_status fc_attention_forward(const fc_attention_problem *given, void *workspace, uint64_t workspace_bytes,
                                void *stream)
 {
@@ -181,24 +192,25 @@ fc_status fc_attention_forward(const fc_attention_problem *given, void *workspac
 }
 
 static fc_status check_and_plan_backward(const fc_backward_problem *given, bool need_data,
-                                         const fc_device *given_device, fc_backward_args *args, fc_plan *plan)
+                                         const fc_device *given_device, fc_attention_problem *forward,
+                                         fc_backward_args *args, fc_plan *plan)
 {
     fc_backward_problem problem;
-    fc_attention_problem forward;
     fc_device device;
-    fc_status status = fc_check_backward(given, need_data, &problem, &forward, args);
+    fc_status status = fc_check_backward(given, need_data, &problem, forward, args);
     if (status != FC_OK) return status;
-    if ((status = find_device(&forward, given_device, &device)) != FC_OK) return status;
-    return fc_plan_backward(&problem, &forward, args, &device, plan);
+    if ((status = find_device(forward, given_device, &device)) != FC_OK) return status;
+    return fc_plan_backward(&problem, forward, args, &device, plan);
 }
 
 fc_status fc_attention_backward_plan(const fc_backward_problem *given, const fc_device *given_device, fc_plan *plan)
 {
+    fc_attention_problem forward;
     fc_backward_args args;
     fc_plan made;
     fc_status status = check_plan_struct(plan);
     if (status != FC_OK) return status;
-    status = check_and_plan_backward(given, false, given_device, &args, &made);
+    status = check_and_plan_backward(given, false, given_device, &forward, &args, &made);
     if (status == FC_OK) give_plan(plan, &made);
     return status;
 }
@@ -206,15 +218,19 @@ fc_status fc_attention_backward_plan(const fc_backward_problem *given, const fc_
 fc_status fc_attention_backward(const fc_backward_problem *given, void *workspace, uint64_t workspace_bytes,
                                 void *stream)
 {
-    (void)stream; /* plans are for the CPU alone so far */
+    fc_attention_problem forward;
     fc_backward_args args;
     fc_plan plan;
-    fc_status status = check_and_plan_backward(given, true, NULL, &args, &plan);
+    fc_status status = check_and_plan_backward(given, true, NULL, &forward, &args, &plan);
     if (status != FC_OK) return status;
     status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, "fc_attention_backward_plan");
     if (status != FC_OK) return status;
-    if ((uintptr_t)workspace % 64 != 0)
-        return fc_fail(FC_INVALID, "workspace is %p; on the CPU it must be aligned to 64 bytes (fc_malloc's is)",
-                       workspace);
-    return run_cpu_backward(&args, &plan, workspace);
+    bool is_cpu = forward.device_type == FC_CPU;
+    int alignment = is_cpu ? 64 : 256;
+    if ((uintptr_t)workspace % (uintptr_t)alignment != 0)
+        return fc_fail(FC_INVALID, "workspace is %p; on %s it must be aligned to %d bytes (fc_malloc's is)", workspace,
+                       is_cpu ? "the CPU" : "a GPU", alignment);
+    if (is_cpu) return run_cpu_backward(&args, &plan, workspace);
+    if (plan.grid == 0) return FC_OK; /* no gradient has an element */
+    return run_cuda_backward(forward.device_id, &args, &plan, workspace, stream);
 }

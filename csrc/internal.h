@@ -37,14 +37,6 @@ fc_status fc_check_blocks(int32_t block_m, int32_t block_n);
 /* Copies a public struct that begins with its size into one of ours, per the growth rule of flashcore.h. */
 fc_status fc_copy_struct(const char *name, const void *given, void *ours, uint64_t our_size, uint64_t least_size);
 
-/* A backward problem, resolved. */
-typedef struct fc_backward_args {
-    fc_forward_args forward; /* out and lse are inputs here */
-    fc_tensor dout, dlse;    /* dlse's dtype FC_NONE: zero */
-    fc_tensor dq, dk, dv;    /* here and below, dtype FC_NONE: not wanted */
-    fc_tensor dbias, dsinks; /* stride 0: one element, with the sum over that dimension */
-} fc_backward_args;
-
 /* check_backward.c: the same for a backward problem; *forward is the full-size copy of given->forward. */
 fc_status fc_check_backward(const fc_backward_problem *given, bool need_data, fc_backward_problem *problem,
                             fc_attention_problem *forward, fc_backward_args *args);
@@ -99,6 +91,8 @@ int32_t fc_tuned_find(const fc_attention_problem *problem, const fc_forward_args
 /* plan_backward.c: pure. */
 fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attention_problem *forward,
                            const fc_backward_args *args, const fc_device *device, fc_plan *plan);
+/* Of a planned CUDA kernel. */
+fc_backward_launcher fc_backward_launcher_of(int32_t kernel);
 
 /* device.c */
 fc_status fc_device_enter(int32_t device_id, int32_t *previous); /* makes a CUDA device current */

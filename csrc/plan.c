@@ -35,7 +35,6 @@ const fc_kernel fc_kernels[] = {
                         fc_##family##_forward_##dtype##_d##head_dim##_##mask, FC_CUDA, dtype_##dtype, head_dim,        \
                         block_m, block_n, threads, #arch, #mask}, )
 #include "variants.def"
-#undef FC_VARIANT
 #endif
 };
 const int32_t fc_num_kernels = sizeof fc_kernels / sizeof fc_kernels[0];

@@ -16,24 +16,27 @@ def matrix() -> str:
     """A row per family: dtypes, masks, the largest head_dim it serves and the GPUs it runs on."""
     rows: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     masks: dict[str, set[str]] = defaultdict(set)
-    for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M):
+    text = (ROOT / "kernels/variants.def").read_text()
+    backward = set(re.findall(r"^FC_BACKWARD_VARIANT\((\w+)", text, re.M))
+    for row in re.findall(r"^FC_VARIANT\(([^)]*)\)", text, re.M):
         family, dtype, head_dim, mask, _block_m, _block_n, _threads, arch = (
             column.strip() for column in row.split(",")
         )
         rows[family, arch][dtype].append(int(head_dim))
         masks[family].add(mask)
-    lines = ["| kernel | runs on | dtypes | head_dim | options |", "|---|---|---|---|---|"]
+    lines = ["| kernel | runs on | dtypes | head_dim | options | backward (C) |", "|---|---|---|---|---|---|"]
     for (family, arch), dtypes in rows.items():
         where = f"sm_{arch} alone" if arch.endswith("a") else f"sm_{arch} and later"
         most = max(max(dims) for dims in dtypes.values())
         lines.append(
             f"| {family} | NVIDIA GPUs, {where} | {', '.join(dtypes)} | 1 to {most} "
-            f"| {'all' if masks[family] in ({'any'}, {'full', 'band', 'general'}) else ', '.join(masks[family])} |"
+            f"| {'all' if masks[family] in ({'any'}, {'full', 'band', 'general'}) else ', '.join(masks[family])} "
+            f"| {'yes' if family in backward else 'by portable'} |"
         )
     for isa in ("AVX-512", "AVX2", "baseline"):
         lines.append(
             f"| cpu ({isa}) | {'any CPU' if isa == 'baseline' else 'x86-64'} "
-            "| float16, bfloat16, float32, float64 | 1 to 256 | all |"
+            "| float16, bfloat16, float32, float64 | 1 to 256 | all | yes |"
         )
     return "\n".join(lines) + "\n"
 

@@ -287,7 +287,8 @@ FC_API void fc_tuned_clear(void);
  *
  * Which gradients are computed is said by which arrays are given: one whose dtype is FC_NONE is neither computed nor
  * written, and costs nothing. What is given is overwritten, every element of it; nothing is added to what it held.
- * Results are bitwise repeatable on the CPU, whatever num_threads is.
+ * Results are bitwise repeatable, and on the CPU the same whatever num_threads is. A gradient's bits do not depend on
+ * which others are wanted.
  */
 typedef struct fc_backward_problem {
     uint64_t struct_size; /* sizeof(fc_backward_problem) */
@@ -317,7 +318,8 @@ typedef struct fc_backward_problem {
 
 /*
  * fc_attention_plan for the backward: checks a problem and says what would run, touching no array. In *plan,
- * workspace_bytes is what fc_attention_backward needs: O(seqlen), and once more the elements of a dbias that sums.
+ * workspace_bytes is what fc_attention_backward needs: O(seqlen), and on the CPU once more the elements of a dbias that
+ * sums; kernel is that whose backward runs, and block_m, block_n its tile.
  */
 FC_API fc_status fc_attention_backward_plan(const fc_backward_problem *problem, const fc_device *device, fc_plan *plan);
 

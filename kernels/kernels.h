@@ -36,11 +36,24 @@ typedef struct fc_forward_args {
     double softcap; /* 0: none */
 } fc_forward_args;
 
+/* A backward problem, resolved. */
+typedef struct fc_backward_args {
+    fc_forward_args forward; /* out and lse are inputs here */
+    fc_tensor dout, dlse;    /* dlse's dtype FC_NONE: zero */
+    fc_tensor dq, dk, dv;    /* here and below, dtype FC_NONE: not wanted */
+    fc_tensor dbias, dsinks; /* stride 0: one element, with the sum over that dimension */
+} fc_backward_args;
+
 /* workspace: plan->workspace_bytes of device memory, or NULL where that is 0.
  * Returns a cudaError_t, 0 for success; stream is a cudaStream_t. */
 typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_plan *plan, void *workspace, void *stream);
+typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan *plan, void *workspace, void *stream);
 
-/* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>, one per row of variants.def. */
+/* The portable backward's workspace, for each row of each query head. */
+#define FC_PORTABLE_BACKWARD_ROW_BYTES 16
+
+/* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>, one per row of variants.def, or _backward_.
+ */
 #if defined(__GNUC__)
 #pragma GCC visibility push(hidden)
 #endif
@@ -55,8 +68,10 @@ typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_plan *p
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
     FC_IF_BUILT_##arch(int fc_##family##_forward_##dtype##_d##head_dim##_##mask(const fc_forward_args *,               \
                                                                                 const fc_plan *, void *, void *);)
+#define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
+    FC_IF_BUILT_##arch(int fc_##family##_backward_##dtype##_d##head_dim##_##mask(const fc_backward_args *,             \
+                                                                                 const fc_plan *, void *, void *);)
 #include "variants.def"
-#undef FC_VARIANT
 #endif
 #if defined(__GNUC__)
 #pragma GCC visibility pop

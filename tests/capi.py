@@ -128,20 +128,27 @@ def last_error() -> str:
     return str(library().fc_last_error().decode())
 
 
-def tensor(array: Array) -> Tensor:
-    """[batch, head, row, column], or fewer dimensions from the left."""
-    strides = [stride // array.itemsize for stride in array.strides] + [0] * (4 - array.ndim)
-    return Tensor(array.ctypes.data, (ctypes.c_int64 * 4)(*strides), DTYPES[array.dtype.name], 0)
+def tensor(array: Any) -> Tensor:
+    """[batch, head, row, column], or fewer dimensions from the left; a NumPy array or a torch tensor."""
+    if isinstance(array, np.ndarray):
+        data, dtype, strides = array.ctypes.data, array.dtype.name, [x // array.itemsize for x in array.strides]
+    else:
+        data, dtype, strides = array.data_ptr(), str(array.dtype).removeprefix("torch."), array.stride()
+    return Tensor(data, (ctypes.c_int64 * 4)(*strides, *[0] * (4 - array.ndim)), DTYPES[dtype], 0)
 
 
-def problem(query: Array, key: Array, value: Array, out: Array, **fields: Any) -> Problem:
+def broadcast(array: Any, shape: tuple[int, ...]) -> Any:
+    return np.broadcast_to(array, shape) if isinstance(array, np.ndarray) else array.expand(shape)
+
+
+def problem(query: Any, key: Any, value: Any, out: Any, **fields: Any) -> Problem:
     """A CPU problem on [batch, heads, rows, columns] arrays. The caller keeps them alive."""
     made = Problem(struct_size=ctypes.sizeof(Problem), device_type=CPU)
     made.batch, made.num_heads_q, made.seqlen_q, made.head_dim = query.shape
     _, made.num_heads_kv, made.seqlen_k, made.head_dim_v = value.shape
     made.query, made.key, made.value, made.out = map(tensor, (query, key, value, out))
     for name, given in fields.items():
-        setattr(made, name, tensor(given) if isinstance(given, np.ndarray) else given)
+        setattr(made, name, tensor(given) if hasattr(given, "shape") else given)
     return made
 
 
@@ -162,7 +169,7 @@ def set_options(made: Problem, options: dict[str, Any]) -> None:
     made.softcap = options.get("softcap") or 0
     for name, shape in broadcast_shapes(made).items():
         if options.get(name) is not None:
-            setattr(made, name, tensor(np.broadcast_to(options[name], shape)))
+            setattr(made, name, tensor(broadcast(options[name], shape)))
 
 
 def broadcast_shapes(made: Problem) -> dict[str, tuple[int, ...]]:
@@ -251,12 +258,12 @@ def forward(made: Problem) -> int:
     return int(library().fc_attention_forward(ctypes.byref(made), None, 0, None))
 
 
-def backward_problem(forward: Problem, dout: Array, **fields: Any) -> BackwardProblem:
+def backward_problem(forward: Problem, dout: Any, **fields: Any) -> BackwardProblem:
     """The gradients of a problem whose out and lse are made. The caller keeps the arrays alive."""
     made = BackwardProblem(struct_size=ctypes.sizeof(BackwardProblem), forward=ctypes.pointer(forward))
     made.dout = tensor(dout)
     for name, given in fields.items():
-        setattr(made, name, tensor(given) if isinstance(given, np.ndarray) else given)
+        setattr(made, name, tensor(given) if hasattr(given, "shape") else given)
     return made
 
 
@@ -274,11 +281,16 @@ def backward(made: BackwardProblem, workspace: Array | None = None) -> int:
     if workspace is not None or status != OK:
         data, size = (workspace.ctypes.data, workspace.nbytes) if workspace is not None else (None, 0)
         return int(library().fc_attention_backward(ctypes.byref(made), data, size, None))
-    buffer = np.full(planned.workspace_bytes + 256, 0xFF, np.uint8)
-    start = 64 + -buffer.ctypes.data % 64
-    status = library().fc_attention_backward(
-        ctypes.byref(made), buffer.ctypes.data + start, planned.workspace_bytes, None
-    )
-    outside = np.concatenate([buffer[:start], buffer[start + planned.workspace_bytes :]])
-    assert (outside == 0xFF).all(), "wrote outside the workspace"
+    size = planned.workspace_bytes
+    if made.forward.contents.device_type == CUDA:
+        import torch
+
+        buffer: Any = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device="cuda")
+        start, stream = 256, torch.cuda.current_stream().cuda_stream
+    else:
+        buffer = np.full(size + 256, 0xFF, np.uint8)
+        start, stream = 64 + -buffer.ctypes.data % 64, None
+    data = start + (buffer.ctypes.data if isinstance(buffer, np.ndarray) else buffer.data_ptr())
+    status = library().fc_attention_backward(ctypes.byref(made), data, size, stream)
+    assert (buffer[:start] == 0xFF).all() and (buffer[start + size :] == 0xFF).all(), "wrote outside the workspace"
     return int(status)

@@ -1,7 +1,7 @@
-"""Hopper's kernels on the CPU: their own source, compiled with tests/emulator in place of the hardware.
+"""CUDA kernels on the CPU: their own source, compiled with tests/emulator in place of the hardware.
 
-attention() takes NumPy arrays of float16 or bfloat16 and goes the way of a call on a GPU: fc_check, fc_plan_forward,
-the launcher. See tests/emulator/emulator.h for what that can find and what not.
+attention() and backward() take NumPy arrays and go the way of a call on a GPU: check, plan, the launcher. See
+tests/emulator/emulator.h for what that can find and what not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import ctypes
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,22 @@ def lacks() -> str:
     return "" if shutil.which("g++") and shutil.which("gcc") else "needs gcc and g++"
 
 
-def build(folder: Path) -> Any:
+def build(folder: Path, family: str) -> Any:
     """Compiles every row of the family, two at a time, and loads them with the planner: some 20 seconds."""
     jobs = []
-    for row in re.findall(r"^FC_VARIANT\((hopper,[^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M):
+    rows = re.findall(r"^FC_(BACKWARD_)?VARIANT\(([^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M)
+    for backward, row in rows:
         values = [column.strip() for column in row.split(",")]
-        name = "_".join(values[:4])
+        if values[0] != family:
+            continue
+        op = "backward" if backward else "forward"
+        name = "_".join([op, *values[:4]])
         # A namespace of its own, since all rows have functions of the same names.
         defines = [f"-D{key}={value}" for key, value in zip(COLUMNS, values, strict=False)] + [f"-Dfc=fc_{name}"]
-        jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / "kernels/hopper/forward.cu"), *defines, name])
+        jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / f"kernels/{family}/{op}.cu"), *defines, name])
     jobs.append(["g++", "-std=c++17", str(ROOT / "tests/emulator/emulator.cpp"), "emulator"])
-    for name in ("check", "plan", "plan_hopper", "error"):
-        jobs.append(["gcc", "-std=c11", "-D_GNU_SOURCE", str(ROOT / f"csrc/{name}.c"), name])
+    for name in ("check", "check_backward", "plan", "plan_backward", "plan_hopper", "error", "cpu/backward_layout"):
+        jobs.append(["gcc", "-std=c11", "-D_GNU_SOURCE", str(ROOT / f"csrc/{name}.c"), Path(name).name])
 
     def run(job: list[str]) -> str:
         *command, name = job
@@ -55,8 +61,21 @@ def build(folder: Path) -> Any:
     return ctypes.CDLL(str(library))
 
 
+@cache
+def library(family: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return build(Path(folder), family)
+
+
 def attention(
-    library: Any, query: Array, key: Array, value: Array, layout: str = "bhsd", num_sms: int = 3, **options: Any
+    library: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    layout: str = "bhsd",
+    num_sms: int = 3,
+    kernel: bytes = b"hopper",
+    **options: Any,
 ) -> tuple[Array, Array] | None:
     """Out and lse, NaN where nothing was written; None where no row of the family serves. options: attention()'s. Few
     multiprocessors make many tiles for each."""
@@ -64,7 +83,7 @@ def attention(
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
     lse = np.full(query.shape[:3], np.nan, np.float32)
-    problem = capi.problem(query, key, value, out, lse=lse, kernel=b"hopper")
+    problem = capi.problem(query, key, value, out, lse=lse, kernel=kernel)
     problem.device_type = capi.CUDA
     capi.set_options(problem, options)
     status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(capi.gpu_device(90, num_sms)))
@@ -72,3 +91,8 @@ def attention(
         return None
     assert status == capi.OK, f"status {status}: a block is stuck" if status < 0 else f"status {status}"
     return (out.swapaxes(1, 2) if layout == "bshd" else out), lse
+
+
+def backward(library: Any, made: capi.BackwardProblem) -> int:
+    """As capi.backward, with the workspace its own."""
+    return int(library.fc_emulate_backward(ctypes.byref(made), ctypes.byref(capi.gpu_device(90))))

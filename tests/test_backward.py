@@ -1,4 +1,7 @@
-"""fc_attention_backward on the CPU, through the C API: every case, dtype and instruction set against the oracle."""
+"""fc_attention_backward through the C API: every case, dtype and kernel against the oracle.
+
+On the CPU, on a GPU, and the GPU's portable kernels on the emulator too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ import itertools
 import subprocess
 import sys
 import textwrap
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import reference
 from capi import CPU, INVALID, OK, UNSUPPORTED
 from cases import CASES, DTYPES, Case, Inputs
 from devices import fetch, to_torch
-from hypothesis import HealthCheck, given, settings
+from gradients import CUDA, EMULATED, Call, bits, check, cotangents, everywhere, expected_of, make, with_options
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from reference import Array, ExpectedGradients
+from reference import Array
 from test_properties import problems
 
 import flashcore
@@ -37,105 +39,16 @@ KERNELS = [
 ]
 BEST = next(kernel.name for kernel in flashcore.kernels() if kernel.device == "cpu" and kernel.usable)
 
-# Gradients are laid in memory as their inputs are, but they may not repeat.
-REPEATS = ("repeat_batch", "repeat_heads", "repeat_rows")
 
-
-@dataclass
-class Call:
-    """A backward problem with all its arrays: the forward's inputs and results, and a place for each gradient."""
-
-    inputs: Inputs
-    out: Array
-    lse: Array
-    dout: Array
-    dlse: Array | None
-    gradients: dict[str, Array]  # in the shapes of the inputs
-    fields: dict[str, Any] = field(default_factory=dict)  # of the backward's problem
-    num_threads: int = 1
-
-    def forward_problem(self) -> capi.Problem:
-        options = self.inputs.options
-        arrays = [self._bhsd(x) for x in (*self.inputs.arrays, self.out)]
-        made = capi.problem(*arrays, lse=self.lse, num_threads=self.num_threads)
-        capi.set_options(made, options)
-        return made
-
-    def problem(self) -> capi.BackwardProblem:
-        forward = self.forward_problem()
-        shapes = capi.broadcast_shapes(forward)
-        made = capi.backward_problem(forward, self._bhsd(self.dout), **self.fields)
-        if self.dlse is not None:
-            made.dlse = capi.tensor(self.dlse)
-        for name, array in self.gradients.items():
-            like = {"dbias": "attn_mask", "dsinks": "sinks"}.get(name)
-            setattr(made, name, capi.tensor(np.broadcast_to(array, shapes[like]) if like else self._bhsd(array)))
-        return made
-
-    def run(self) -> dict[str, Array]:
-        assert capi.backward(self.problem()) == OK, capi.last_error()
-        for name, array in self.gradients.items():
-            assert cases.guard_intact(array), f"wrote around {name}"
-        return self.gradients
-
-    def _bhsd(self, x: Array) -> Array:
-        return x.swapaxes(1, 2) if self.inputs.options.get("layout") == "bshd" else x
-
-
-def _gradients_of(case: Case, made: Inputs) -> dict[str, Array]:
-    """A place full of NaN, with guards, for each gradient there is."""
-
-    def blank(x: Array, strides: str = "contiguous") -> Array:
-        return cases.place(np.full(x.shape, np.nan, x.dtype), "padded_rows" if strides in REPEATS else strides)
-
-    gradients = {"dq": blank(made.query, case.strides_q)}
-    gradients |= {name: blank(x, case.strides_kv) for name, x in (("dk", made.key), ("dv", made.value))}
-    mask = made.options.get("attn_mask")
-    if mask is not None and mask.dtype != np.bool_:
-        # A broadcast dimension that is 1 long has whatever stride; capi.tensor() sees it after broadcast_to.
-        gradients["dbias"] = blank(mask, "columns" if case.mask == "added_columns" else "contiguous")
-    if "sinks" in made.options:
-        gradients["dsinks"] = blank(made.options["sinks"])
-    return gradients
-
-
-def _cotangents(case: Case, made: Inputs) -> tuple[Array, Array | None]:
-    """dout as the query is laid in memory, dlse in every second case."""
-    rng = np.random.default_rng(zlib.crc32(case.name.encode()) + 1)
-    shape = (*made.query.shape[:-1], made.value.shape[-1])
-    dout = cases.place(rng.standard_normal(shape).astype(made.query.dtype), case.strides_q)
-    rows = (case.batch, case.num_heads_q, case.seqlen_q)
-    with_dlse = zlib.crc32(case.name.encode()) % 2 == 0
-    return dout, cases.place(rng.standard_normal(rows).astype(made.lse_dtype)) if with_dlse else None
-
-
-def _expect(case: Case, dtype: np.dtype[Any]) -> tuple[Array, Array, ExpectedGradients]:
-    """The forward's results, correctly rounded, and the gradients."""
-    made = cases.inputs(case, dtype)
-    dout, dlse = _cotangents(case, made)
-    out, lse = reference.attention(*made.arrays, **made.options)
-    expected = reference.expect_gradients(*made.arrays, dout, dlse, **made.options)
-    return out.astype(dtype), lse.astype(made.lse_dtype), expected
-
-
-@cache
-def _expected(name: str, dtype: str) -> tuple[Array, Array, ExpectedGradients]:
-    return _expect(CASES[name], DTYPES[dtype])
-
-
-def make(case: Case, dtype: str, **options: Any) -> tuple[Call, ExpectedGradients]:
-    known = CASES.get(case.name) is case
-    out, lse, expected = _expected(case.name, dtype) if known else _expect(case, DTYPES[dtype])
-    made = cases.inputs(case, DTYPES[dtype])
-    dout, dlse = _cotangents(case, made)
-    gradients = _gradients_of(case, made)
-    strides = "contiguous" if case.strides_q in REPEATS else case.strides_q
-    return Call(made, cases.place(out, strides), cases.place(lse), dout, dlse, gradients, **options), expected
-
-
-def check(call: Call, expected: ExpectedGradients) -> None:
-    for name, result in call.run().items():
-        expected.check(name, result)
+def _cases_on_gpus() -> list[Any]:
+    """Every dtype on a GPU; on the emulator float32, and float16 where a sanitizer looks too."""
+    return [
+        pytest.param(case, device, dtype, id=f"{case}-{device}-{dtype}", marks=[*marks, *place.marks])
+        for case, marks in ((param.values[0], param.marks) for param in cases.params())
+        for place, device in ((CUDA, "cuda"), (EMULATED, "emulated"))
+        for dtype in ("float32", "float16", "bfloat16")
+        if device == "cuda" or dtype == "float32" or (dtype == "float16" and case.sanitize)
+    ]
 
 
 @pytest.mark.parametrize("isa", KERNELS)
@@ -145,23 +58,26 @@ def test_cases(case: Case, dtype: str, isa: str) -> None:
     check(*make(case, dtype, fields={"kernel": isa.encode()}))
 
 
+@pytest.mark.parametrize("case,device,dtype", _cases_on_gpus())
+def test_cases_on_gpus(case: Case, device: str, dtype: str) -> None:
+    if device == "cuda" and "reversed" in case.strides_q + case.strides_kv:
+        pytest.skip("PyTorch has no negative strides")
+    check(*make(case, dtype, device=device, fields={"kernel": b"portable"}))
+
+
 # What may be left out, summed, or repeated
 
 
-def _bits(gradients: dict[str, Array]) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in gradients.items()}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@everywhere("float32", "float16")
 @pytest.mark.parametrize("name", ["everything", "grouped"])
-def test_any_subset_of_gradients_has_the_same_bits(name: str, dtype: str) -> None:
-    whole, _ = make(CASES[name], dtype)
-    bits = _bits(whole.run())
-    for count in range(len(bits)):
-        for subset in itertools.combinations(bits, count):
-            call, _ = make(CASES[name], dtype)
+def test_any_subset_of_gradients_has_the_same_bits(device: str, name: str, dtype: str) -> None:
+    whole, _ = make(CASES[name], dtype, device=device)
+    right = bits(whole.run())
+    for count in (0, 1) if device == "emulated" else range(len(right)):
+        for subset in itertools.combinations(right, count):
+            call, _ = make(CASES[name], dtype, device=device)
             call.gradients = {wanted: call.gradients[wanted] for wanted in subset}
-            assert _bits(call.run()) == {wanted: bits[wanted] for wanted in subset}
+            assert bits(call.run()) == {wanted: right[wanted] for wanted in subset}
 
 
 REPEATABLE = [
@@ -180,12 +96,12 @@ REPEATABLE = [
 def test_bits_do_not_depend_on_threads_or_runs(case: Case, dtype: str) -> None:
     call, expected = make(case, dtype)
     check(call, expected)
-    bits = _bits(call.gradients)
+    right = bits(call.gradients)
     for num_threads in (1, 2, 3, 8, 1000) * 3:
         for array in call.gradients.values():
             array[...] = np.nan
         call.num_threads = num_threads
-        assert _bits(call.run()) == bits, f"{num_threads} threads"
+        assert bits(call.run()) == right, f"{num_threads} threads"
 
 
 def test_callers_at_the_same_time_have_the_same_bits() -> None:
@@ -195,63 +111,60 @@ def test_callers_at_the_same_time_have_the_same_bits() -> None:
     case = REPEATABLE[1]
     calls = [make(case, "float32", num_threads=2)[0] for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        bits = [_bits(gradients) for gradients in pool.map(lambda call: call.run(), calls)]
-    assert bits == bits[:1] * 6
+        results = [bits(gradients) for gradients in pool.map(lambda call: call.run(), calls)]
+    assert results == results[:1] * 6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", REPEATABLE, ids=str)
+def test_bits_do_not_depend_on_the_run_on_a_gpu(case: Case, dtype: str) -> None:
+    call, expected = make(case, dtype, device="cuda")
+    check(call, expected)
+    right = bits(call.gradients)
+    for _ in range(10):
+        for array in call.gradients.values():
+            array[...] = np.nan
+        assert bits(call.run()) == right
+
+
+@everywhere(*DTYPES)
 @pytest.mark.parametrize(
     "broadcast", list(itertools.product((False, True), repeat=4)), ids=lambda x: "".join("01"[i] for i in x)
 )
-def test_dbias_is_summed_to_the_shape_of_the_mask(broadcast: tuple[bool, ...], dtype: str) -> None:
+def test_dbias_is_summed_to_the_shape_of_the_mask(broadcast: tuple[bool, ...], device: str, dtype: str) -> None:
     case = Case("dbias", num_heads_q=4, num_heads_kv=2, seqlen_q=150, seqlen_k=270, head_dim=16, options=cases.CAUSAL)
     made = cases.inputs(case, DTYPES[dtype])
     full = (case.batch, case.num_heads_q, case.seqlen_q, case.seqlen_k)
     shape = tuple(1 if once else size for once, size in zip(broadcast, full, strict=True))
     mask = np.random.default_rng(5).standard_normal(shape).astype(DTYPES[dtype])
-    check(*_with_options(case, made, {"attn_mask": cases.place(mask)}, num_threads=3))
+    check(*with_options(case, made, {"attn_mask": cases.place(mask)}, num_threads=3, device=device))
 
 
-def _with_options(case: Case, made: Inputs, more: dict[str, Any], **rest: Any) -> tuple[Call, ExpectedGradients]:
-    """A case's arrays under options that no case names."""
-    made = Inputs(*made.arrays, {**made.options, **more})
-    dout, dlse = _cotangents(case, made)
-    out, lse = reference.attention(*made.arrays, **made.options)
-    expected = reference.expect_gradients(*made.arrays, dout, dlse, **made.options)
-    out, lse = out.astype(made.query.dtype), lse.astype(made.lse_dtype)
-    return Call(made, out, lse, dout, dlse, _gradients_of(case, made), **rest), expected
-
-
-def test_dbias_may_sum_what_the_mask_does_not() -> None:
+@everywhere("float32")
+def test_dbias_may_sum_what_the_mask_does_not(device: str, dtype: str) -> None:
     """And need not sum what the mask repeats: only its own strides say."""
     case = Case("dbias_own", seqlen_q=100, seqlen_k=200, mask="added")
-    call, expected = make(case, "float32")
-    made = call.problem()
-    summed = cases.place(np.full((1, 1, *expected.values["dbias"].shape[2:]), np.nan, np.float32))
-    made.dbias = capi.tensor(np.broadcast_to(summed, expected.values["dbias"].shape))
-    assert capi.backward(made) == OK, capi.last_error()
+    call, expected = make(case, dtype, device=device)
+    call.gradients = {"dbias": cases.place(np.full((1, 1, *expected.values["dbias"].shape[2:]), np.nan, np.float32))}
     exact = expected.values["dbias"].sum(axis=(0, 1), keepdims=True)
     bound = expected.bounds["dbias"].sum(axis=(0, 1), keepdims=True)
-    assert (np.abs(summed - exact) <= bound).all()
-    assert cases.guard_intact(summed)
+    assert (np.abs(call.run()["dbias"] - exact) <= bound).all()
 
     case = Case("dbias_unsummed", seqlen_q=100, seqlen_k=200, mask="added_matrix")
-    call, _ = make(case, "float32")
-    made = call.problem()
-    whole = cases.place(np.full((2, 2, 100, 200), np.nan, np.float32))
-    made.dbias = capi.tensor(whole)
-    assert capi.backward(made) == OK, capi.last_error()
+    call, _ = make(case, dtype, device=device)
+    call.gradients = {"dbias": cases.place(np.full((2, 2, 100, 200), np.nan, np.float32))}
     exact = reference.gradients(*call.inputs.arrays, call.dout, call.dlse, **call.inputs.options).dbias
-    np.testing.assert_allclose(whole, exact, atol=2e-5)
+    np.testing.assert_allclose(call.run()["dbias"], exact, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 1), (1, 6), (6,), (1,)], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-def test_dsinks_are_summed_to_the_shape_of_the_sinks(shape: tuple[int, ...], dtype: str) -> None:
+@everywhere("float32", "float16", "float64")
+def test_dsinks_are_summed_to_the_shape_of_the_sinks(shape: tuple[int, ...], device: str, dtype: str) -> None:
     case = Case("dsinks", num_heads_q=6, num_heads_kv=2, seqlen_q=150)
     made = cases.inputs(case, DTYPES[dtype])
     sinks = cases.place(np.random.default_rng(6).standard_normal(shape).astype(DTYPES[dtype]))
-    call, expected = _with_options(case, made, {"sinks": np.broadcast_to(sinks, (2, 6))})
+    call, expected = with_options(case, made, {"sinks": np.broadcast_to(sinks, (2, 6))}, device=device)
     call.gradients["dsinks"] = cases.place(np.full(shape, np.nan, sinks.dtype))
     expected.values["dsinks"] = reference._sum_to(expected.values["dsinks"], shape)
     expected.sizes["dsinks"] = reference._sum_to(expected.sizes["dsinks"], shape)
@@ -260,46 +173,57 @@ def test_dsinks_are_summed_to_the_shape_of_the_sinks(shape: tuple[int, ...], dty
 
 
 @pytest.mark.parametrize("sink", [-5000.0, -4998.0, -6000.0, 0.0])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_lse_far_from_zero_keeps_its_sum(dtype: str, sink: float) -> None:
+@everywhere("float32", "float64")
+def test_an_lse_far_from_zero_keeps_its_sum(device: str, dtype: str, sink: float) -> None:
     """Scores and a sink of some -5000: their differences are what counts, and lse alone cannot hold them in float32."""
     case = Case("far_from_zero", num_heads_q=4, seqlen_q=100, seqlen_k=300)
     made = cases.inputs(case, DTYPES[dtype])
     mask = cases.place(np.full((1, 1), -5000, DTYPES[dtype]))
     sinks = cases.place(np.full(4, sink, DTYPES[dtype]))
-    check(*_with_options(case, made, {"attn_mask": mask, "sinks": sinks}))
+    check(*with_options(case, made, {"attn_mask": mask, "sinks": sinks}, device=device))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dout_may_repeat(dtype: str) -> None:
+@everywhere("float32", "bfloat16")
+def test_dout_may_repeat(device: str, dtype: str) -> None:
     """out.sum() has a gradient of one element with strides of 0."""
     case = CASES["grouped"]
-    call, _ = make(case, dtype)
-    call.dout = np.broadcast_to(np.ones((), DTYPES[dtype]), call.out.shape)
+    call, _ = make(case, dtype, device=device)
+    call.dout = np.broadcast_to(cases.place(np.ones((1,), DTYPES[dtype])), call.out.shape)
     expected = reference.expect_gradients(*call.inputs.arrays, call.dout, call.dlse, **call.inputs.options)
     check(call, expected)
 
 
+@everywhere("float32")
 @pytest.mark.parametrize("empty", ["batch", "rows", "keys"])
-def test_summed_gradients_of_nothing_are_zero(empty: str) -> None:
+def test_summed_gradients_of_nothing_are_zero(empty: str, device: str, dtype: str) -> None:
     sizes = {"batch": {"batch": 0}, "rows": {"seqlen_q": 0}, "keys": {"seqlen_k": 0}}[empty]
     case = Case("empty_sum", sinks=True, **sizes)
-    made = cases.inputs(case, DTYPES["float32"])
+    made = cases.inputs(case, DTYPES[dtype])
     mask = np.zeros((1, 1, 1, 1), np.float32)
-    check(*_with_options(case, made, {"attn_mask": cases.place(mask)}))
+    check(*with_options(case, made, {"attn_mask": cases.place(mask)}, device=device))
+
+
+@everywhere("float32")
+@pytest.mark.parametrize("window", [(0, 0), (1, 0), (0, 1), (65, 0), (0, 65), (33, 31), (None, 1), (1, None)], ids=str)
+def test_bands_that_end_where_a_tile_does(window: tuple[int, int], device: str, dtype: str) -> None:
+    """The first or last of the rows that see a key, or keys that a row sees, is alone in a tile of 32, 64 or 128."""
+    for head_dim in (16, 136):
+        case = Case("edge", num_heads_kv=1, seqlen_q=150, seqlen_k=140, head_dim=head_dim, options={"window": window})
+        check(*make(case, dtype, device=device))
 
 
 # What must not be read
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@everywhere(*DTYPES)
 @pytest.mark.parametrize(
     "name", ["lower_right_many_rows", "mask_bool_dark_rows", "mask_added_dark_rows", "diagonal_down"]
 )
-def test_dout_of_rows_that_see_no_key_does_not_matter(name: str, dtype: str) -> None:
-    call, expected = make(CASES[name], dtype)
+def test_rows_that_see_no_key_do_not_matter(name: str, device: str, dtype: str) -> None:
+    call, expected = make(CASES[name], dtype, device=device)
     dark = np.isneginf(call.lse)
     assert dark.any()
+    call.inputs.query[dark] = np.nan
     call.dout[dark] = np.nan
     call.out[dark] = np.nan
     if call.dlse is not None:
@@ -313,22 +237,32 @@ def test_keys_and_values_behind_a_sequence_end_do_not_matter(lengths: tuple[int,
     case = Case("lengths", num_heads_q=4, seqlen_q=100, seqlen_k=200)
     made = cases.inputs(case, DTYPES[dtype])
     mask = (np.arange(200) < np.array(lengths)[:, None])[:, None, None]
-    call, expected = _with_options(case, made, {"attn_mask": cases.place(mask), "softcap": 5.0})
+    call, expected = with_options(case, made, {"attn_mask": cases.place(mask), "softcap": 5.0})
     for b, length in enumerate(lengths):
         made.key[b, :, length:] = np.nan
         made.value[b, :, length:] = np.nan
     check(call, expected)
 
 
+@pytest.mark.parametrize("device", [CUDA, EMULATED])
+@pytest.mark.parametrize("name", ["lower_right_many_rows", "mask_bool_dark_rows"])
+def test_a_row_that_sees_no_key_has_no_gradient_whatever_the_keys_hold(name: str, device: str) -> None:
+    call, _ = make(CASES[name], "float32", device=device)
+    dark = np.isneginf(call.lse)
+    call.inputs.key[:, :, 3] = np.nan
+    call.inputs.value[:, :, 3] = np.inf
+    assert not call.run()["dq"][dark].any()
+
+
 @pytest.mark.parametrize("kind", ["bool", "added"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_value_that_a_mask_hides_between_others_does_not_matter(dtype: str, kind: str) -> None:
+@everywhere(*DTYPES)
+def test_a_value_that_a_mask_hides_between_others_does_not_matter(device: str, dtype: str, kind: str) -> None:
     case = Case("hole", seqlen_q=100, seqlen_k=200)
     made = cases.inputs(case, DTYPES[dtype])
     visible = np.ones((1, 200), bool)
     visible[:, 50:60] = False
     mask = visible if kind == "bool" else np.where(visible, 0.5, -np.inf).astype(DTYPES[dtype])
-    call, expected = _with_options(case, made, {"attn_mask": cases.place(mask)})
+    call, expected = with_options(case, made, {"attn_mask": cases.place(mask)}, device=device)
     made.value[:, :, 50:60] = np.nan
     check(call, expected)
 
@@ -501,10 +435,11 @@ def test_a_refused_call_writes_nothing() -> None:
     assert all(np.isnan(array).all() for array in call.gradients.values())
 
 
-def test_gpu_is_refused_in_words() -> None:
+def test_a_gpu_without_code_for_it_is_refused_in_words() -> None:
     made = shapes_only(device_type=capi.CUDA, dtype=capi.FLOAT16)
-    assert capi.backward_plan(made, capi.gpu_device(90))[0] == UNSUPPORTED
-    assert "no backward kernel for GPUs; move the arrays to the CPU" in capi.last_error()
+    assert capi.backward_plan(made, capi.gpu_device(35))[0] == UNSUPPORTED
+    assert "no backward kernel of this build runs on compute capability 3.5" in capi.last_error()
+    assert "move the arrays to the CPU, where every dtype and option is served" in capi.last_error()
     assert capi.backward_plan(made, capi.cpu_device())[0] == INVALID
 
 
@@ -548,7 +483,7 @@ def test_plan() -> None:
 def test_oracle_by_finite_differences(name: str) -> None:
     """In long double: along a random direction, the loss changes as the gradients say."""
     made = cases.inputs(CASES[name], DTYPES["float64"])
-    dout, _ = _cotangents(CASES[name], made)
+    dout, _ = cotangents(CASES[name], made)
     rng = np.random.default_rng(11)
     _, lse = reference.attention(*made.arrays, **made.options)
     dlse = np.where(np.isfinite(lse), rng.standard_normal(lse.shape), 0)
@@ -582,7 +517,7 @@ def test_oracle_by_finite_differences(name: str) -> None:
 def test_zeros_never_pass(case: Case) -> None:
     """But where the gradient is nothing beside the rounding of what it is summed from."""
     for dtype in DTYPES:
-        _, _, expected = _expected(case.name, dtype)
+        _, _, expected = expected_of(case.name, dtype)
         for name, exact in expected.values.items():
             unit = float(ml_dtypes.finfo(DTYPES[dtype]).eps) * expected.sizes[name].max(initial=0)
             if np.abs(exact).max(initial=0) > unit:
@@ -595,7 +530,7 @@ def test_bounds_refuse_wrong_gradients(dtype: str) -> None:
     """Each mistake is one that backward kernels really make; each must fail."""
     case = CASES["grouped"]
     made = cases.inputs(case, DTYPES[dtype])
-    dout, _ = _cotangents(case, made)
+    dout, _ = cotangents(case, made)
     dlse = np.random.default_rng(3).standard_normal(made.query.shape[:-1]).astype(made.lse_dtype)
     expected = reference.expect_gradients(*made.arrays, dout, dlse, **made.options)
     right = reference.gradients(*made.arrays, dout, dlse, **made.options)
@@ -634,6 +569,130 @@ def test_any_problem(case: Case, dtype: str, num_threads: int) -> None:
     check(*make(case, dtype, num_threads=num_threads))
 
 
+@pytest.mark.parametrize("device", [CUDA, EMULATED])
+@given(case=problems(), dtype=st.sampled_from(["float16", "bfloat16", "float32"]))
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+def test_any_problem_on_gpus(device: str, case: Case, dtype: str) -> None:
+    assume(device == "emulated" or "reversed" not in case.strides_q + case.strides_kv)
+    check(*make(case, dtype, device=device))
+
+
+# On a GPU alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_long_sequences_after_their_own_forward(dtype: str, head_dim: int, is_causal: bool) -> None:
+    """Whatever kernel the forward takes, its out and lse are what the backward reads."""
+    case = Case(
+        "long", batch=1, num_heads_q=4, num_heads_kv=2, seqlen_q=1025, seqlen_k=1537, head_dim=head_dim, sinks=True,
+        options={"is_causal": "lower_right"} if is_causal else {},
+    )  # fmt: skip
+    call, expected = make(case, dtype, device="cuda")
+    call.out[...], call.lse[...] = np.nan, np.nan
+    sent = call.sent()
+    assert capi.forward(sent.forward_problem()) == OK, capi.last_error()
+    assert capi.backward(sent.problem()) == OK, capi.last_error()
+    for name, gradient in sent.gradients.items():
+        expected.check(name, fetch(gradient))
+
+
+@pytest.mark.gpu
+def test_more_heads_than_a_grid_has_rows() -> None:
+    case = Case("many", batch=35000, num_heads_q=4, num_heads_kv=2, seqlen_q=3, seqlen_k=2, head_dim=8, sinks=True)
+    check(*make(case, "float32", device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_offsets_beyond_32_bits(head_dim: int) -> None:
+    """Rows 2^25 elements apart, of inputs side by side in one buffer and gradients in another."""
+    import torch
+
+    call, expected = make(Case("far", batch=1, num_heads_q=1, num_heads_kv=1, head_dim=head_dim), "float16")
+    sent = replace(call, device="cuda").sent()
+    far = [torch.full((70, 1 << 25), torch.nan, dtype=torch.float16, device="cuda") for _ in range(2)]
+
+    def spread(x: Any, buffer: Any, place: int) -> Any:
+        view = buffer[:, place * head_dim : (place + 1) * head_dim][None, None]
+        return view.copy_(x)
+
+    inputs = [spread(x, far[0], place) for place, x in enumerate(sent.inputs.arrays)]
+    out, dout = (spread(x, far[0], place) for place, x in ((3, sent.out), (4, sent.dout)))
+    gradients = {name: spread(x, far[1], place) for place, (name, x) in enumerate(sent.gradients.items())}
+    sent = replace(sent, inputs=Inputs(*inputs, {}), out=out, dout=dout, gradients=gradients)
+    assert sent.problem().dq.strides[2] == 1 << 25
+    assert capi.backward(sent.problem()) == OK, capi.last_error()
+    for name, gradient in gradients.items():
+        expected.check(name, fetch(gradient))
+    assert far[1][:, len(gradients) * head_dim :].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_captured_backward_has_the_same_bits() -> None:
+    import torch
+
+    call, expected = make(CASES["everything"], "float16", device="cuda")
+    check(call, expected)
+    sent = call.sent()
+    made = sent.problem()
+    workspace = torch.empty(capi.backward_plan(made)[1].workspace_bytes, dtype=torch.uint8, device="cuda")
+
+    def enqueue() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        size = workspace.numel()
+        status = capi.library().fc_attention_backward(ctypes.byref(made), workspace.data_ptr(), size, stream)
+        assert status == OK, capi.last_error()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        enqueue()
+    for _ in range(3):
+        for gradient in sent.gradients.values():
+            gradient.fill_(torch.nan)
+        graph.replay()
+        assert {name: fetch(x).tobytes() for name, x in sent.gradients.items()} == bits(call.gradients)
+
+
+@pytest.mark.gpu
+def test_a_backward_is_enqueued_and_not_waited_for() -> None:
+    """On the stream it is given: what the stream writes to dout before it counts."""
+    import torch
+
+    call, expected = make(CASES["grouped"], "float16", device="cuda")
+    sent = call.sent()
+    made, right = sent.problem(), sent.dout.clone()
+    sent.dout.zero_()
+    workspace = torch.empty(capi.backward_plan(made)[1].workspace_bytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**9)
+        sent.dout.copy_(right)
+    pointer, size = workspace.data_ptr(), workspace.numel()
+    status = capi.library().fc_attention_backward(ctypes.byref(made), pointer, size, stream.cuda_stream)
+    assert status == OK, capi.last_error()
+    assert not stream.query(), "the call waited"
+    stream.synchronize()
+    for name, gradient in sent.gradients.items():
+        expected.check(name, fetch(gradient))
+
+
+@pytest.mark.gpu
+def test_a_gpu_wants_its_workspace_aligned() -> None:
+    call, _ = make(CASES["plain"], "float16", device="cuda")
+    made = call.sent().problem()
+    size = capi.backward_plan(made)[1].workspace_bytes
+    assert capi.library().fc_attention_backward(ctypes.byref(made), 64, size, None) == INVALID
+    assert "on a GPU it must be aligned to 256 bytes" in capi.last_error()
+
+
+# Beside PyTorch
+
+
 TORCH_CASES = ("plain", "grouped", "causal_129", "mask_added", "mask_added_matrix", "mask_bool", "head_dim_v_wider")
 
 
@@ -644,7 +703,7 @@ def test_torch_agrees(name: str, dtype: str) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is the second opinion")
     case = CASES[name]
     made = cases.inputs(case, DTYPES[dtype])
-    dout, _ = _cotangents(case, made)
+    dout, _ = cotangents(case, made)
     expected = reference.expect_gradients(*made.arrays, dout, **made.options)
 
     inputs = [to_torch(x).requires_grad_() for x in made.arrays]

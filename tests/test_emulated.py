@@ -22,7 +22,7 @@ HALVES = ["float16", "bfloat16"]
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Array, Array] | None]:
-    library = emulated.build(tmp_path_factory.mktemp("emulated"))
+    library = emulated.build(tmp_path_factory.mktemp("emulated"), "hopper")
     return lambda *args, **options: emulated.attention(library, *args, **options)
 
 

@@ -16,9 +16,14 @@
 
 namespace fc {
 
-/* Which of a tile's scores a thread holds: [r][c] is row `row + r * row_step`, key `key + c * key_step`. */
+/* Which of a tile's scores a thread holds: [r][c] is row `row + r * row_step`, key `key + c * key_step`; or, of a
+ * transposed tile, row `row + c * row_step`, key `key + r * key_step`. */
 struct fragment {
     int row, row_step, key, key_step;
+    bool transposed = false;
+
+    __device__ __forceinline__ int row_at(int r, int c) const { return row + (transposed ? c : r) * row_step; }
+    __device__ __forceinline__ int key_at(int r, int c) const { return key + (transposed ? r : c) * key_step; }
 };
 
 /* What is visible of the tile whose corner is (i, j). */
@@ -57,6 +62,18 @@ struct key_range {
     }
 };
 
+/* Rows first .. end - 1 are all that may see keys key .. key + block_n - 1; first >= end: there are none. */
+struct row_range {
+    int64_t first, end;
+
+    __device__ __forceinline__ row_range(const fc_forward_args &args, int64_t key, int block_n)
+    {
+        const int64_t last_key = min(key + block_n, args.seqlen_k) - 1;
+        first = max((int64_t)0, key - args.band_right);
+        end = min(args.seqlen_q, last_key - args.band_left + 1);
+    }
+};
+
 /* Adds a float mask, or hides what a bool mask denies. Reads it only where the key is visible. */
 template <class M, bool IS_BOOL, int ROWS, int KEYS>
 __device__ __forceinline__ void apply_attn_mask(float (&s)[ROWS][KEYS], const typename M::element *corner,
@@ -64,13 +81,14 @@ __device__ __forceinline__ void apply_attn_mask(float (&s)[ROWS][KEYS], const ty
 {
     /* Two steps and one pointer to hold, where an offset per row and key would take tens of registers. */
     const typename M::element *mask = corner + at.row * strides[2] + at.key * strides[3];
-    const int64_t next_key = at.key_step * strides[3];
-    const int64_t next_row = at.row_step * strides[2] - KEYS * next_key;
+    const int64_t row_step = at.row_step * strides[2], key_step = at.key_step * strides[3];
+    const int64_t next_c = at.transposed ? row_step : key_step;
+    const int64_t next_r = (at.transposed ? key_step : row_step) - KEYS * next_c;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++, mask += next_row) {
+    for (int r = 0; r < ROWS; r++, mask += next_r) {
 #pragma unroll
-        for (int c = 0; c < KEYS; c++, mask += next_key) {
-            if (!view.sees(at.row + r * at.row_step, at.key + c * at.key_step)) continue;
+        for (int c = 0; c < KEYS; c++, mask += next_c) {
+            if (!view.sees(at.row_at(r, c), at.key_at(r, c))) continue;
             if (IS_BOOL) {
                 if (*mask == 0) s[r][c] = -INFINITY;
             } else {
@@ -80,13 +98,11 @@ __device__ __forceinline__ void apply_attn_mask(float (&s)[ROWS][KEYS], const ty
     }
 }
 
-/* s: q.k in, scores in natural units out; -inf where the row does not see the key. (i, j): the tile's corner. */
-template <class T, int ROWS, int KEYS>
-__device__ __forceinline__ void finish_scores(float (&s)[ROWS][KEYS], const fc_forward_args &args, int64_t batch,
-                                              int64_t head, int64_t i, int64_t j, int block_m, int block_n,
-                                              const fragment &at)
+/* s: q.k in; scale * q.k out, and the softcap of that. Given `gradient`, it is multiplied by softcap's derivative. */
+template <int ROWS, int KEYS>
+__device__ __forceinline__ void scale_scores(float (&s)[ROWS][KEYS], const fc_forward_args &args,
+                                             float (*gradient)[KEYS] = nullptr)
 {
-    const tile_view view(args, i, j);
     const float scale = (float)args.scale;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -99,10 +115,23 @@ __device__ __forceinline__ void finish_scores(float (&s)[ROWS][KEYS], const fc_f
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-            for (int c = 0; c < KEYS; c++) s[r][c] = softcap * tanhf(s[r][c] / softcap);
+            for (int c = 0; c < KEYS; c++) {
+                const float capped = tanhf(s[r][c] / softcap);
+                s[r][c] = softcap * capped;
+                if (gradient) gradient[r][c] *= 1 - capped * capped;
+            }
         }
     }
+}
 
+/* s: as scale_scores leaves it; scores in natural units out, -inf where the row does not see the key. (i, j): the
+ * tile's corner. */
+template <class T, int ROWS, int KEYS>
+__device__ __forceinline__ void mask_scores(float (&s)[ROWS][KEYS], const fc_forward_args &args, int64_t batch,
+                                            int64_t head, int64_t i, int64_t j, int block_m, int block_n,
+                                            const fragment &at)
+{
+    const tile_view view(args, i, j);
     if (args.attn_mask.dtype != FC_NONE) {
         const fc_tensor &mask = args.attn_mask;
         const int64_t column = j * mask.strides[3];
@@ -125,7 +154,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[ROWS][KEYS], const fc_f
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
             for (int c = 0; c < KEYS; c++) {
-                const int64_t distance = corner + (at.key + c * at.key_step) - (at.row + r * at.row_step);
+                const int64_t distance = corner + at.key_at(r, c) - at.row_at(r, c);
                 s[r][c] -= slope * fabsf((float)distance);
             }
         }
@@ -136,7 +165,7 @@ __device__ __forceinline__ void finish_scores(float (&s)[ROWS][KEYS], const fc_f
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
             for (int c = 0; c < KEYS; c++) {
-                if (!view.sees(at.row + r * at.row_step, at.key + c * at.key_step)) s[r][c] = -INFINITY;
+                if (!view.sees(at.row_at(r, c), at.key_at(r, c))) s[r][c] = -INFINITY;
             }
         }
     }

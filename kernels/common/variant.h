@@ -2,8 +2,8 @@
  * variant.h - the row of variants.def that this compilation is for, as names and constants.
  *
  * The build passes a row's columns as the macros FC_FAMILY, FC_DTYPE, FC_HEAD_DIM, FC_MASK, FC_BLOCK_M,
- * FC_BLOCK_N and FC_THREADS. Every <family>/forward.cu defines its launcher as FC_NAME(forward), so that the
- * name is joined here alone: fc_portable_forward_float16_d64_any.
+ * FC_BLOCK_N and FC_THREADS. Every <family>/forward.cu defines its launcher as FC_NAME(forward), every
+ * backward.cu as FC_NAME(backward), so that the name is joined here alone: fc_portable_forward_float16_d64_any.
  */
 #ifndef FC_COMMON_VARIANT_H
 #define FC_COMMON_VARIANT_H

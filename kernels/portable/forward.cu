@@ -6,12 +6,10 @@
  * All arithmetic is float32 multiply-add on the ordinary cores: exact on every architecture, and the measure
  * for the faster families. One block owns BLOCK_M query rows and walks the keys that their band leaves visible.
  *
- * The trick is to keep the multiply-add units fed from shared memory. A thread computes 8 rows of S and of out in
- * registers; LANES_X neighbouring lanes share those rows and split the keys (of S) and the columns (of
- * out). Both products read both operands as float4, along the contiguous axis, so no tile is ever
- * transposed; P goes back through shared memory, because a thread holds some keys' probabilities and needs all.
- * Key and value pass through one buffer, CHUNK elements at a time, which keeps a block inside the 64 KiB of
- * sm_75; the blocks that share a multiprocessor compute while one loads.
+ * The products and the threads' shares of them are those of products.cuh; P goes back through shared memory, because a
+ * thread holds some keys' probabilities and needs all. The trick is that key and value pass through one buffer, CHUNK
+ * elements at a time, which keeps a block inside the 64 KiB of sm_75; the blocks that share a multiprocessor compute
+ * while one loads.
  */
 #include <cuda_runtime.h>
 
@@ -22,22 +20,9 @@
 #include "common/tile.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "portable/products.cuh"
 
 using T = fc::FC_DTYPE;
-
-/*
- * A warp is 32 / LANES_X rows of lanes by LANES_X lanes. Lane bit 0 selects the row, the next ones the column
- * (and bit 4 another row where LANES_X is 8): a 16-byte shared load is served in two passes of 16
- * lanes when lanes that differ in bit 0, or in bit 1, read the same address, and this order gives both
- * operands that: bit 0 does not change the key, bit 1 does not change the row.
- */
-constexpr int ROWS = 8;
-constexpr int LANES_X = THREADS * ROWS / BLOCK_M;
-constexpr int LANES_Y = 32 / LANES_X;
-constexpr int KEYS = BLOCK_N / LANES_X;
-constexpr int COLUMNS = HEAD_DIM / LANES_X;
-static_assert(LANES_X == 8 || LANES_X == 16, "a row of the tile is 8 or 16 lanes of one warp");
-static_assert(BLOCK_N % LANES_X == 0 && HEAD_DIM % (4 * LANES_X) == 0, "a thread's columns are groups of four");
 
 /* One load fills key [BLOCK_N, K_CHUNK] or value [V_CHUNK, HEAD_DIM]: 16 KiB. */
 constexpr int CHUNK = 4096;
@@ -65,61 +50,6 @@ static_assert(sizeof(shared_memory) <= 64 * 1024, "sm_75 has 64 KiB of shared me
 /* Registers a thread wants: its accumulators, and 64 for operands, row state and addresses. */
 constexpr int BLOCKS_PER_SM = 65536 / (THREADS * (ROWS * (KEYS + COLUMNS) + 64));
 
-/* s += query @ key.T over one chunk of head_dim. query_smem and key_smem: this thread's first row and key. */
-static __device__ __forceinline__ void multiply_q_k(float (&s)[ROWS][KEYS], const float *query_smem,
-                                                    const float *key_smem)
-{
-#pragma unroll 1 /* the other warps hide the latency; more in flight would spill */
-    for (int d = 0; d < K_CHUNK; d += 4) {
-        float4 k[KEYS];
-#pragma unroll
-        for (int c = 0; c < KEYS; c++) k[c] = *(const float4 *)&key_smem[c * LANES_X * K_PITCH + d];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float4 q = *(const float4 *)&query_smem[r * LANES_Y * Q_PITCH + d];
-#pragma unroll
-            for (int c = 0; c < KEYS; c++) {
-                s[r][c] += q.x * k[c].x;
-                s[r][c] += q.y * k[c].y;
-                s[r][c] += q.z * k[c].z;
-                s[r][c] += q.w * k[c].w;
-            }
-        }
-    }
-}
-
-/* out += p @ value over one chunk of keys. p_smem and value_smem: this thread's first row and column. */
-static __device__ __forceinline__ void multiply_p_v(float (&out)[ROWS][COLUMNS], const float *p_smem,
-                                                    const float *value_smem)
-{
-#pragma unroll 1
-    for (int j = 0; j < V_CHUNK; j += 4) {
-        float4 v[4][COLUMNS / 4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int c = 0; c < COLUMNS / 4; c++) {
-                v[n][c] = *(const float4 *)&value_smem[(j + n) * V_PITCH + c * 4 * LANES_X];
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float4 p = *(const float4 *)&p_smem[r * LANES_Y * P_PITCH + j];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float p_n = n == 0 ? p.x : n == 1 ? p.y : n == 2 ? p.z : p.w;
-#pragma unroll
-                for (int c = 0; c < COLUMNS / 4; c++) {
-                    out[r][4 * c + 0] += p_n * v[n][c].x;
-                    out[r][4 * c + 1] += p_n * v[n][c].y;
-                    out[r][4 * c + 2] += p_n * v[n][c].z;
-                    out[r][4 * c + 3] += p_n * v[n][c].w;
-                }
-            }
-        }
-    }
-}
-
 /* Adds the sink to one row's sum, writes its lse, and gives the factor that out still lacks: 0 for a row
  * that saw no key. */
 static __device__ __forceinline__ float finish_row(float row_max, float row_sum, const fc_forward_args &args,
@@ -137,43 +67,20 @@ static __device__ __forceinline__ float finish_row(float row_max, float row_sum,
     return row_sum == 0 ? 0.0f : shrink / row_sum;
 }
 
-/* This thread's columns of one row of out. out_gmem: the row's first element. */
-static __device__ __forceinline__ void write_row(T::element *out_gmem, int64_t column_stride, int64_t head_dim_v,
-                                                 bool fours, const float (&out)[COLUMNS], float factor, int lane_x)
-{
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c += 4) {
-        const int column = c * LANES_X + lane_x * 4;
-        fc::four<T> x;
-#pragma unroll
-        for (int n = 0; n < 4; n++) x.x[n] = T::from_float(out[c + n] * factor);
-        if (fours) {
-            if (column < head_dim_v) *(fc::four<T> *)(out_gmem + column) = x;
-        } else {
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                if (column + n < head_dim_v) out_gmem[(column + n) * column_stride] = x.x[n];
-            }
-        }
-    }
-}
-
 struct portable_params {
     fc_forward_args args;
     int64_t num_tiles;
 };
 
-extern __shared__ float4 dynamic_smem[];
+extern __shared__ __align__(16) unsigned char dynamic_smem[];
 
 static __global__
 __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __grid_constant__ portable_params params)
 {
     const fc_forward_args &args = params.args;
     shared_memory &smem = *(shared_memory *)dynamic_smem;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int lane_x = lane / 2 % LANES_X;
-    const int lane_y = lane % 2 + lane / (2 * LANES_X) * 2;
-    const int first_row = warp * LANES_Y * ROWS + lane_y;
+    const thread_place place;
+    const int lane_x = place.lane_x, first_row = place.first_row;
     const fc::fragment fragment = {first_row, LANES_Y, lane_x, LANES_X};
 
     const bool query_fours = fc::rows_of_fours<T>(args.query, args.head_dim);
@@ -190,7 +97,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
             args.query.strides[3], args.seqlen_q - at.row, args.head_dim, query_fours);
 
         float out[ROWS][COLUMNS] = {};
-        fc::row_group<LANES_X> rows(lane);
+        fc::row_group<LANES_X> rows(threadIdx.x % 32);
 
         for (int64_t j = keys.first; j < keys.end; j += BLOCK_N) {
             const T::element *key = fc::row_of<const T::element>(args.key, at.batch, at.head_kv, j);
@@ -204,10 +111,12 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
                                                                      args.key.strides[2], args.key.strides[3],
                                                                      args.seqlen_k - j, args.head_dim - d, key_fours);
                 __syncthreads(); /* query and key are there */
-                multiply_q_k(s, &smem.query[first_row * Q_PITCH + d], &smem.key[lane_x * K_PITCH]);
+                add_products<K_CHUNK, Q_PITCH, K_PITCH>(s, &smem.query[first_row * Q_PITCH + d],
+                                                        &smem.key[lane_x * K_PITCH]);
             }
 
-            fc::finish_scores<T>(s, args, at.batch, at.head, at.row, j, BLOCK_M, BLOCK_N, fragment);
+            fc::scale_scores(s, args);
+            fc::mask_scores<T>(s, args, at.batch, at.head, at.row, j, BLOCK_M, BLOCK_N, fragment);
             rows.step(s, out);
 
 #pragma unroll /* so that the registers of s are free once their chunk is written */
@@ -226,7 +135,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
                     }
                 }
                 __syncthreads(); /* p and value are there */
-                multiply_p_v(out, &smem.p[first_row * P_PITCH], &smem.value[lane_x * 4]);
+                add_weighted<V_CHUNK, P_PITCH, V_PITCH>(out, &smem.p[first_row * P_PITCH], &smem.value[lane_x * 4]);
             }
         }
 
@@ -243,8 +152,8 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
                 for (int c = 0; c < COLUMNS; c++) out[r][c] = 0;
             }
             if (row < args.seqlen_q) {
-                write_row(fc::row_of<T::element>(args.out, at.batch, at.head, row), args.out.strides[3],
-                          args.head_dim_v, out_fours, out[r], row_factor, lane_x);
+                write_row<T>(fc::row_of<T::element>(args.out, at.batch, at.head, row), args.out.strides[3],
+                             args.head_dim_v, out_fours, out[r], row_factor, lane_x);
             }
         }
     }

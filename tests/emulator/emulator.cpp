@@ -3,6 +3,7 @@
  */
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -20,10 +21,12 @@ namespace {
 
 constexpr int STACK_BYTES = 64 * 1024, PATIENCE = 20; /* rounds through all fibers in which nothing happens */
 
+/* A fiber begins by its context and then jumps: swapcontext() would ask the kernel for the signal mask each time. */
 struct fiber {
     ucontext_t context;
+    jmp_buf place;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
-    bool ended;
+    bool begun, ended;
 };
 
 std::vector<fiber> fibers;
@@ -32,7 +35,7 @@ std::vector<emulator_warpgroup> warpgroups;
 emulator_meeting all_threads;
 int num_threads;
 bool progress;
-ucontext_t scheduler;
+jmp_buf scheduler;
 void (*kernel)(const void *);
 const void *kernel_params;
 
@@ -40,7 +43,16 @@ void run_fiber()
 {
     kernel(kernel_params);
     fibers[threadIdx.x].ended = progress = true;
-    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+/* Until it yields or ends. */
+void resume(fiber &it)
+{
+    if (_setjmp(scheduler)) return;
+    if (it.begun) _longjmp(it.place, 1);
+    it.begun = true;
+    setcontext(&it.context);
 }
 
 bool run_block()
@@ -50,7 +62,7 @@ bool run_block()
     memset(dynamic_smem, 0xff, sizeof dynamic_smem); /* NaN */
     for (int i = 0; i < num_threads; i++) {
         fiber &it = fibers[i];
-        it.ended = false;
+        it.begun = it.ended = false;
         getcontext(&it.context);
         it.context.uc_stack.ss_sp = it.stack.get();
         it.context.uc_stack.ss_size = STACK_BYTES;
@@ -62,7 +74,7 @@ bool run_block()
         for (int i = 0; i < num_threads; i++) {
             if (fibers[i].ended) continue;
             threadIdx.x = (unsigned)i;
-            swapcontext(&scheduler, &fibers[i].context);
+            resume(fibers[i]);
             left -= fibers[i].ended;
         }
         idle = progress ? 0 : idle + 1;
@@ -76,7 +88,7 @@ bool run_block()
 void emulator_yield()
 {
     const unsigned self = threadIdx.x;
-    swapcontext(&fibers[self].context, &scheduler);
+    if (!_setjmp(fibers[self].place)) _longjmp(scheduler, 1);
     threadIdx.x = self;
 }
 void emulator_progress()
@@ -94,6 +106,15 @@ emulator_warpgroup &emulator_this_warpgroup()
 void __syncthreads()
 {
     emulator_meet(all_threads, num_threads, [] {});
+}
+int __syncthreads_or(int mine)
+{
+    static int so_far, all;
+    so_far |= mine;
+    emulator_meet(all_threads, num_threads, [] { all = so_far, so_far = 0; });
+    const int any = all;
+    __syncthreads(); /* all have read */
+    return any;
 }
 
 cudaError_t emulator_run(int blocks, int threads, int smem_bytes, void (*run)(const void *), const void *params)
@@ -126,13 +147,38 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attent
     return -fc_kernels[plan.kernel].launcher(&args, &plan, nullptr, nullptr);
 }
 
-/* The planner's table names the kernels that are not here, too. */
-#define STUB_hopper(name)
-#define STUB_portable(name)                                                                                            \
-    extern "C" int name(const fc_forward_args *, const fc_plan *, void *, void *)                                      \
+/* The same for fc_attention_backward; -1 where the kernels wrote outside their workspace, which is full of NaN. */
+extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const fc_backward_problem *given,
+                                                                          const fc_device *device)
+{
+    fc_backward_problem problem;
+    fc_attention_problem forward;
+    fc_backward_args args;
+    fc_plan plan = {};
+    plan.struct_size = sizeof plan;
+    int status = fc_check_backward(given, true, &problem, &forward, &args);
+    if (status == FC_OK) status = fc_plan_backward(&problem, &forward, &args, device, &plan);
+    if (status != FC_OK || plan.grid == 0) return status;
+    plan.num_blocks = std::min<int64_t>(plan.num_blocks, 7); /* each takes several tiles in turn */
+
+    constexpr size_t GUARD = 256;
+    std::vector<unsigned char> workspace(plan.workspace_bytes + 2 * GUARD + 256, 0xff);
+    unsigned char *start = workspace.data() + GUARD;
+    start += -(uintptr_t)start % 256;
+    const int error = fc_backward_launcher_of(plan.kernel)(&args, &plan, start, nullptr);
+    std::fill(start, start + plan.workspace_bytes, 0xff);
+    if (std::any_of(workspace.begin(), workspace.end(), [](unsigned char x) { return x != 0xff; })) return -1;
+    return -error;
+}
+
+/* The planner's tables name kernels that are not in this library, too: these stand in for them. */
+#define STUB(name, args)                                                                                               \
+    extern "C" __attribute__((weak)) int name(const args *, const fc_plan *, void *, void *)                           \
     {                                                                                                                  \
         return cudaErrorLaunchFailure;                                                                                 \
     }
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    STUB_##family(fc_##family##_forward_##dtype##_d##head_dim##_##mask)
+    STUB(fc_##family##_forward_##dtype##_d##head_dim##_##mask, fc_forward_args)
+#define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
+    STUB(fc_##family##_backward_##dtype##_d##head_dim##_##mask, fc_backward_args)
 #include "variants.def"

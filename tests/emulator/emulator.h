@@ -1,5 +1,5 @@
 /*
- * emulator.h - runs a block of a CUDA kernel on the CPU, so that kernels/hopper is tested where there is no GPU.
+ * emulator.h - runs a block of a CUDA kernel on the CPU, so that kernels are tested where there is no GPU.
  *
  * The kernel's own source is compiled for the CPU with this folder before kernels/ on the include path, which replaces
  * the headers of instructions (common/ptx.cuh, hopper/wgmma.cuh) and of the host's calls. Each thread of a block is a
@@ -17,6 +17,7 @@
 
 #include <algorithm>
 
+#define __host__
 #define __device__
 #define __global__
 #define __shared__
@@ -35,6 +36,14 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
+{
+    return {x, y, z, w};
+}
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w)
 {
     return {x, y, z, w};
 }
@@ -120,6 +129,7 @@ inline void __syncwarp()
     __ballot_sync(0xffffffffu, true);
 }
 void __syncthreads();
+int __syncthreads_or(int mine);
 
 inline int __ffs(unsigned x)
 {
