@@ -45,6 +45,14 @@ def attention(
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
 
+def backward(arrays: dict[str, Any], /, *args: Any, **kwargs: Any) -> None:
+    """Gradients of attention(*args, **kwargs), written into arrays; flashcore.torch makes autograd of it.
+
+    arrays: out, lse and dout are read, and dlse where given; of dq, dk, dv, dbias (attn_mask's) and dsinks, those given
+    are overwritten. Each has its input's shape, a gradient its input's dtype too; none overlaps another. One batch
+    dimension at most. On the CPU.
+    """
+
 def kernels() -> list[str]:
     """Names of the kernels in this build, in the planner's order."""
 

@@ -129,10 +129,10 @@ def test_thread_setting_is_followed() -> None:
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask"])
 def test_a_gradient_is_never_dropped_silently(which: str) -> None:
+    """The gradients themselves are tested in test_torch_autograd.py."""
     arrays = dict(zip(("query", "key", "value"), qkv(), strict=True), attn_mask=torch.zeros(9, 9))
     arrays[which].requires_grad_()
-    with pytest.raises(NotImplementedError, match=rf"{which} requires a gradient.*no_grad.*detach"):
-        flashcore.attention(**arrays)
+    assert flashcore.attention(**arrays).requires_grad
     with torch.no_grad():
         out = flashcore.attention(**arrays)
     assert not out.requires_grad
@@ -142,14 +142,14 @@ def test_a_gradient_is_never_dropped_silently(which: str) -> None:
 def test_an_intermediate_result_requires_grad_too() -> None:
     q, k, v = qkv()
     weight = torch.ones(16, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="query requires a gradient"):
-        flashcore.attention(q * weight, k, v)
+    flashcore.attention(q * weight, k, v).sum().backward()
+    assert weight.grad.any()
 
 
 def test_out_that_requires_grad() -> None:
     q, k, v = qkv()
     out = torch.empty_like(q).requires_grad_()
-    with pytest.raises((NotImplementedError, ValueError), match="out"):
+    with pytest.raises(ValueError, match="out requires a gradient"):
         flashcore.attention(q, k, v, out=out)
 
 

@@ -3,6 +3,7 @@
  *
  *   module.c     method table, module state
  *   call.c       attention(): route, run, return
+ *   backward.c   backward(): the gradients of a call, for autograd in flashcore/torch.py
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
  *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
@@ -77,6 +78,7 @@ typedef struct fc_state {
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
             *tracing_state;
         PyObject *forward_ad, *get_num_threads;
+        PyObject *differentiable; /* flashcore.torch.attention, once a gradient is needed */
         PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level;
     } torch;
 
@@ -108,9 +110,10 @@ PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int
 
 /* torch.c */
 int fc_torch_load(fc_state *state, PyObject *torch);
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor);
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, bool *wants_gradient);
 int fc_torch_check_modes(fc_state *state);
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
+PyObject *fc_torch_differentiable(fc_state *state, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 
 /* layout.c */
 typedef struct fc_geometry {
@@ -189,7 +192,36 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
                       fc_arguments *arguments, fc_attention_problem *problem);
 
 /* call.c */
+
+/* One call on its way: what was given, and what is made of it. */
+typedef struct fc_call {
+    fc_state *state;
+    fc_arguments arguments;
+    fc_array arrays[FC_NUM_OPERANDS];
+    bool has[FC_NUM_OPERANDS];
+    bool any_torch;
+    bool below_autograd;     /* torch's dispatcher has looked at tensors and modes already */
+    const char *gradient_of; /* the first argument that requires a gradient, or NULL */
+    bool has_stream;         /* the call's: the stream that the kernel runs on */
+    void *stream;
+    fc_geometry geometry;
+    fc_batches batches;
+    fc_attention_problem problem;
+} fc_call;
+
+int fc_raise_status(fc_status status); /* -1, with fc_last_error() raised */
+fc_tensor *fc_tensor_of(fc_attention_problem *problem, enum fc_operand operand);
+/* Arguments to a problem, all but the outputs; fc_call_release gives back what was imported, after a failure too. */
+int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+int fc_call_check_device(const fc_call *call, fc_array *array);
+/* The problem's batch and batch strides, and how many calls of the library the rest of the batches takes. */
+int64_t fc_call_fold(fc_call *call);
+void fc_call_release(fc_call *call);
+
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+
+/* backward.c */
+PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 
 #endif /* FC_BINDING_H */

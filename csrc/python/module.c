@@ -57,15 +57,25 @@ PyDoc_STRVAR(
     "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
     "a pair.\n"
     "    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
+    "    Of CPU torch tensors that require grad, it carries gradients: to query, key, value, a float attn_mask, "
+    "sinks.\n"
     "\n"
     "Raises:\n"
     "    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not "
     "fit.\n"
-    "    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
+    "    NotImplementedError: legal, but not served here or not yet (gradients on a GPU, autocast, dropout).\n"
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
 PyDoc_STRVAR(plan_doc,
              "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
+
+PyDoc_STRVAR(backward_doc,
+             "backward(arrays, /, *args, **kwargs)\n--\n\n"
+             "Gradients of attention(*args, **kwargs), written into arrays; flashcore.torch makes autograd of it.\n"
+             "\n"
+             "arrays is a dict: out, lse and dout are read, and dlse where given; of dq, dk, dv, dbias (attn_mask's)\n"
+             "and dsinks, those given are overwritten. Each has its input's shape, a gradient its input's dtype too;\n"
+             "none overlaps another. One batch dimension at most. On the CPU.\n");
 
 /* Names of the kernels of this build, in the planner's order. */
 static PyObject *kernels(PyObject *module, PyObject *unused)
@@ -115,6 +125,7 @@ static PyObject *cuda_devices(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))fc_py_attention, METH_FASTCALL | METH_KEYWORDS, attention_doc},
     {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
+    {"backward", (PyCFunction)(void (*)(void))fc_py_backward, METH_FASTCALL | METH_KEYWORDS, backward_doc},
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},

@@ -3,7 +3,8 @@
  *
  * DLPack's C exchange API hands over pointers and nothing else: it would drop gradients, ignore a sign bit, and pass by
  * autocast, tracing, modes and functorch. So each tensor and the mode stacks are looked at first, through torch's
- * own C functions (about 0.5 us for a call), and what is not a plain eager call on plain tensors is refused in words.
+ * own C functions (about 0.5 us for a call). A call that needs a gradient goes to flashcore/torch.py; what else is not
+ * a plain eager call on plain tensors is refused in words.
  */
 #include "binding.h"
 
@@ -89,7 +90,7 @@ static int has_tangent(fc_state *state, PyObject *tensor)
     return truth;
 }
 
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, bool *wants_gradient)
 {
     PyObject *layout = PyObject_GetAttr(tensor, state->torch.name_layout);
     if (layout == NULL) return -1;
@@ -102,19 +103,12 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
 
     PyObject *requires_grad = PyObject_GetAttr(tensor, state->torch.name_requires_grad);
     if (requires_grad == NULL) return -1;
-    bool wants_gradient = requires_grad == Py_True;
+    *wants_gradient = requires_grad == Py_True;
     Py_DECREF(requires_grad);
-    if (wants_gradient) {
+    if (*wants_gradient) {
         int enabled = is_true(state->torch.is_grad_enabled);
         if (enabled < 0) return -1;
-        if (enabled) {
-            PyErr_Format(
-                PyExc_NotImplementedError,
-                "%s requires a gradient, and flashcore %s computes none yet; call under torch.no_grad(), or pass "
-                "%s.detach() to cut it off",
-                name, fc_version(), name);
-            return -1;
-        }
+        *wants_gradient = enabled;
     }
 
     int tangent = has_tangent(state, tensor);
@@ -200,4 +194,31 @@ int fc_torch_num_threads(fc_state *state, int32_t *num_threads)
     if (number == -1 && PyErr_Occurred()) return -1;
     *num_threads = number < 1 ? 0 : (int32_t)number;
     return 0;
+}
+
+/* The same call of flashcore.torch.attention, which PyTorch's autograd sees. torch is imported by now: it made a
+ * tensor.
+ */
+PyObject *fc_torch_differentiable(fc_state *state, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    if (state->torch.differentiable == NULL) {
+        PyObject *module = PyImport_ImportModule("flashcore.torch");
+        state->torch.differentiable = module == NULL ? NULL : PyObject_GetAttrString(module, "attention");
+        Py_XDECREF(module);
+        if (state->torch.differentiable == NULL) return NULL;
+    }
+    PyObject *result = NULL, *positional = PyTuple_New(num_args), *named = PyDict_New();
+    if (positional == NULL || named == NULL) goto done;
+    for (Py_ssize_t i = 0; i < num_args; i++) {
+        Py_INCREF(args[i]);
+        if (PyTuple_SetItem(positional, i, args[i]) != 0) goto done;
+    }
+    Py_ssize_t num_named = keyword_names == NULL ? 0 : PyTuple_Size(keyword_names);
+    for (Py_ssize_t i = 0; i < num_named; i++)
+        if (PyDict_SetItem(named, PyTuple_GetItem(keyword_names, i), args[num_args + i]) != 0) goto done;
+    result = PyObject_Call(state->torch.differentiable, positional, named);
+done:
+    Py_XDECREF(positional);
+    Py_XDECREF(named);
+    return result;
 }
