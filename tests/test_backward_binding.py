@@ -61,7 +61,12 @@ def test_what_is_not_given_is_not_computed() -> None:
         ({"dout": np.zeros((2, 4, 5, 5), np.float32)}, ValueError, "dout has shape"),
         ({"lse": np.zeros((2, 4), np.float32)}, ValueError, "lse has shape"),
         ({"dk": np.zeros((2, 2, 7, 8), np.float64)}, ValueError, "dk has dtype float64"),
-        ({"dv": np.broadcast_to(np.float32(0), (2, 2, 7, 5))}, ValueError, "dv"),
+        ({"dv": np.frombuffer(bytes(560), np.float32).reshape(2, 2, 7, 5)}, ValueError, "dv is read-only"),
+        (
+            {"dq": np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (2, 4, 6, 8), (0, 0, 0, 4))},
+            ValueError,
+            "dq",
+        ),
         ({"out": None}, TypeError, "needs an array 'out'"),
         ({"dout": 3}, TypeError, "dout is a int"),
         ({"dalibi": None}, TypeError, "it knows out, lse, dout"),
