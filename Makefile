@@ -77,7 +77,8 @@ FUZZ_COUNT ?= 1000000
 
 asan: $(ASAN_VENV)/.built
 	$(ASAN_RUN) -P -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
-	    tests/test_robustness.py tests/test_backward.py -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
+	    tests/test_robustness.py tests/test_backward.py tests/test_backward_binding.py \
+	    -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
 
 fuzz: $(ASAN_VENV)/.built
 	PYTHONPATH=tests $(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)
