@@ -45,13 +45,27 @@ def attention(
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
 
-def backward(arrays: dict[str, Any], /, *args: Any, **kwargs: Any) -> None:
-    """Gradients of attention(*args, **kwargs), written into arrays; flashcore.torch makes autograd of it.
+def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """attention(..., return_lse=True) for kernels of torch's dispatcher, which has looked at modes, gradients and
+    subclasses already: tensors are taken as the memory they are."""
 
-    arrays: out, lse and dout are read, and dlse where given; of dq, dk, dv, dbias (attn_mask's) and dsinks, those given
-    are overwritten. Each has its input's shape, a gradient its input's dtype too; none overlaps another. One batch
-    dimension at most. On the CPU.
+def backward(
+    saved: tuple[Any, ...], dout: Any, dlse: Any, wanted: tuple[bool, ...], options: dict[str, Any], /
+) -> tuple[Any, Any, Any, Any, None, Any]:
+    """Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).
+
+    saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's results; dout
+    and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six, and so does the
+    result with its gradient, None where not wanted (nobody may want alibi_slopes'). A gradient has its input's shape,
+    dtype and, for torch tensors, order in memory. One batch dimension at most, which query, key and value share. On
+    the CPU.
+
+    Raises what attention(...) would raise, and ValueError for arrays that do not fit it.
     """
+
+def is_plain(*tensors: Any) -> bool:
+    """True where all that torch has to say of the tensors (or None) is their data: no mode or transform is active,
+    none is a subclass or a lazily negated view."""
 
 def kernels() -> list[str]:
     """Names of the kernels in this build, in the planner's order."""

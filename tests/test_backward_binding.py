@@ -11,11 +11,12 @@ import reference
 import flashcore
 from flashcore import _C
 
-Arrays = dict[str, Any]
+ALL = (True, True, True, True, False, True)  # query, key, value, attn_mask, alibi_slopes, sinks
+NAMES = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks", "out", "lse", "dout", "dlse")
 
 
-def make(layout: str = "bhsd", dtype: Any = np.float32, **options: Any) -> tuple[Arrays, tuple[Any, ...], Arrays]:
-    """(the backward's arrays, query, key and value, options) of a call with every gradient."""
+def make(layout: str = "bhsd", dtype: Any = np.float32, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays by the names above, options) of a call with every gradient."""
     rng = np.random.default_rng(5)
 
     def random(*shape: int) -> Any:
@@ -24,70 +25,87 @@ def make(layout: str = "bhsd", dtype: Any = np.float32, **options: Any) -> tuple
     inputs = [random(2, 4, 6, 8), random(2, 2, 7, 8), random(2, 2, 7, 5)]
     if layout == "bshd":
         inputs = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in inputs]
-    options |= {"layout": layout, "attn_mask": random(2, 1, 1, 7), "sinks": random(4)}
-    out, lse = flashcore.attention(*inputs, **options, return_lse=True)
-    arrays = {"out": out, "lse": lse, "dout": random(*out.shape), "dlse": random(*lse.shape).astype(lse.dtype)}
-    like = dict(zip(("dq", "dk", "dv"), inputs, strict=True))
-    like |= {"dbias": options["attn_mask"], "dsinks": options["sinks"]}
-    return arrays | {name: np.full_like(x, np.nan) for name, x in like.items()}, tuple(inputs), options
+    options |= {"layout": layout}
+    inputs += [random(2, 1, 1, 7), None, random(4)]
+    out, lse = flashcore.attention(*inputs[:4], sinks=inputs[5], **options, return_lse=True)
+    arrays = [*inputs, out, lse, random(*out.shape), random(*lse.shape).astype(lse.dtype)]
+    return dict(zip(NAMES, arrays, strict=True)), options
+
+
+def backward(arrays: dict[str, Any], options: dict[str, Any], wanted: tuple[bool, ...] = ALL) -> Any:
+    *saved, dout, dlse = (arrays[name] for name in NAMES)
+    return _C.backward(tuple(saved), dout, dlse, wanted, options)
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0, "window": (3, None), "scale": 0.4}])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_gradients(layout: str, options: Arrays, dtype: Any) -> None:
-    arrays, inputs, options = make(layout, dtype, **options)
-    assert _C.backward(arrays, *inputs, **options) is None
-    expected = reference.expect_gradients(*inputs, arrays["dout"], arrays["dlse"], **options)
-    for name in ("dq", "dk", "dv", "dbias", "dsinks"):
-        expected.check(name, arrays[name])
+def test_gradients(layout: str, options: dict[str, Any], dtype: Any) -> None:
+    arrays, options = make(layout, dtype, **options)
+    dq, dk, dv, dbias, dslopes, dsinks = backward(arrays, options)
+    assert dslopes is None
+    expected = reference.expect_gradients(
+        *(arrays[name] for name in ("query", "key", "value", "dout", "dlse")),
+        **options,
+        attn_mask=arrays["attn_mask"],
+        sinks=arrays["sinks"],
+    )
+    for name, gradient in {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}.items():
+        expected.check(name, gradient)
 
 
-def test_what_is_not_given_is_not_computed() -> None:
-    arrays, inputs, options = make()
-    _C.backward(arrays, *inputs, **options)
-    few, _, _ = make()
-    few |= {"dq": None, "dsinks": None}
-    del few["dbias"]
-    _C.backward(few, *inputs, **options)
-    for name in ("dk", "dv"):
-        assert few[name].tobytes() == arrays[name].tobytes()
+def test_what_is_not_wanted_is_not_computed() -> None:
+    arrays, options = make()
+    whole = backward(arrays, options)
+    wanted = (False, True, True, False, False, False, True, True)  # autograd has entries for more than arrays
+    few = backward(arrays, options, wanted)
+    assert len(few) == 6
+    for want, one, other in zip(wanted, few, whole, strict=False):
+        assert one.tobytes() == other.tobytes() if want else one is None
+
+
+def test_a_gradient_of_lse_may_be_left_out() -> None:
+    arrays, options = make()
+    none, zero = (backward(arrays | {"dlse": dlse}, options) for dlse in (None, np.zeros((2, 4, 6), np.float32)))
+    for one, other in zip(none, zero, strict=True):
+        assert one is other or one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"dq": np.zeros((2, 4, 6, 7), np.float32)}, ValueError, r"dq has shape \(2, 4, 6, 7\).*\(2, 4, 6, 8\)"),
-        ({"dout": np.zeros((2, 4, 5, 5), np.float32)}, ValueError, "dout has shape"),
+        ({"dout": np.zeros((2, 4, 5, 5), np.float32)}, ValueError, r"dout has shape \(2, 4, 5, 5\).*\(2, 4, 6, 5\)"),
+        ({"dout": np.zeros((2, 4, 6, 5), np.float64)}, ValueError, "dout has dtype float64"),
+        ({"out": np.zeros((2, 4, 6), np.float32)}, ValueError, "out has shape"),
         ({"lse": np.zeros((2, 4), np.float32)}, ValueError, "lse has shape"),
-        ({"dk": np.zeros((2, 2, 7, 8), np.float64)}, ValueError, "dk has dtype float64"),
-        ({"dv": np.frombuffer(bytes(560), np.float32).reshape(2, 2, 7, 5)}, ValueError, "dv is read-only"),
-        (
-            {"dq": np.lib.stride_tricks.as_strided(np.zeros(8, np.float32), (2, 4, 6, 8), (0, 0, 0, 4))},
-            ValueError,
-            "dq",
-        ),
-        ({"out": None}, TypeError, "needs an array 'out'"),
+        ({"dlse": np.zeros((2, 4), np.float32)}, ValueError, "dlse has shape"),
+        ({"out": None}, TypeError, "out is a NoneType"),
         ({"dout": 3}, TypeError, "dout is a int"),
-        ({"dalibi": None}, TypeError, "it knows out, lse, dout"),
+        ({"sinks": None}, ValueError, "dsinks is wanted, but the call has no such input"),
+        ({"attn_mask": np.ones((6, 7), bool)}, ValueError, "only a mask that is added"),
     ],
 )
-def test_refusals(change: Arrays, error: type[Exception], words: str) -> None:
-    arrays, inputs, options = make()
+def test_refusals(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    arrays, options = make()
     with pytest.raises(error, match=words):
-        _C.backward(arrays | change, *inputs, **options)
+        backward(arrays | change, options)
 
 
 def test_refusals_of_the_call() -> None:
-    arrays, inputs, options = make()
-    with pytest.raises(TypeError, match="is a dict"):
-        _C.backward(None, *inputs)
-    with pytest.raises(TypeError, match="needs a dict"):
-        _C.backward()
-    with pytest.raises(ValueError, match="dsinks is given, but the call has no sinks"):
-        _C.backward(arrays, *inputs, attn_mask=options["attn_mask"])
+    arrays, options = make()
+    for wrong in ((), (arrays,), ((), None, None, ALL, {})):
+        with pytest.raises(TypeError, match=r"needs a tuple of 8 arrays"):
+            _C.backward(*wrong)
+    for wanted in (ALL[:5], list(ALL), None):
+        with pytest.raises(TypeError, match=r"wanted is .* a tuple of bools"):
+            backward(arrays, options, wanted)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
+        backward(arrays, {"windows": (1, 1)})
+    with pytest.raises(TypeError, match="given 40 options"):
+        backward(arrays, {str(i): 0 for i in range(40)})
+    more = {name: x if x is None or name in ("attn_mask", "sinks") else x[None] for name, x in arrays.items()}
     with pytest.raises(ValueError, match="one batch dimension at most"):
-        _C.backward(arrays, *(x[None] for x in inputs))
-    mask = np.ones((6, 7), bool)
-    with pytest.raises(ValueError, match="only a mask that is added"):
-        _C.backward(arrays | {"dbias": np.empty((6, 7), np.float32)}, *inputs, attn_mask=mask, sinks=options["sinks"])
+        backward(more, options)
+    slopes = arrays | {"alibi_slopes": np.ones(4, np.float32)}
+    with pytest.raises(ValueError, match="dalibi is wanted, but flashcore computes no gradient of alibi_slopes"):
+        backward(slopes, options, (True,) * 6)

@@ -354,8 +354,8 @@ def test_opcheck_of_the_backward() -> None:
     q, k, v = (x.detach() for x in qkv())
     sinks = torch.zeros(1, 2, dtype=q.dtype)
     out, lse = torch.ops.flashcore.attention(q, k, v, None, None, sinks)
-    for wanted in ([True, True, True, False, True], [False, True, False, False, False]):
-        arguments = (torch.ones_like(out), None, q, k, v, out, lse, None, None, sinks, wanted)
+    for wanted in ([True, True, True, False, False, True], [False, True, False, False, False, False]):
+        arguments = (q, k, v, None, None, sinks, out, lse, torch.ones_like(out), None, wanted)
         torch.library.opcheck(torch.ops.flashcore.attention_backward.default, arguments)
 
 

@@ -3,12 +3,13 @@
  *
  *   module.c     method table, module state
  *   call.c       attention(): route, run, return
- *   backward.c   backward(): the gradients of a call, for autograd in flashcore/torch.py
+ *   backward.c   backward(): the gradients of a call, for autograd
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
  *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
  *   numpy.c      arrays in and out through NumPy's C API
  *   torch.c      what a torch.Tensor may ask that the C function cannot serve
+ *   autograd.c   the two ways of a call that torch must see: an autograd node, or torch's dispatcher
  *   result.c     arrays out: made by the query's own allocator
  *   support.c    facts of dtypes, and the way to flashcore/_interop.py
  *   buffer.c     memory of our own that speaks DLPack, for results of kinds that cannot be written
@@ -42,6 +43,7 @@ typedef struct fc_kind {
     PyTypeObject *type; /* held while cached */
     fc_protocol protocol;
     bool is_torch;
+    bool is_subclass;     /* of torch.Tensor, and not Parameter: it may redefine what its data means */
     dl_exchange_api *api; /* lives as long as the process */
 } fc_kind;
 
@@ -76,10 +78,11 @@ typedef struct fc_state {
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
-            *tracing_state;
-        PyObject *forward_ad, *get_num_threads;
-        PyObject *differentiable; /* flashcore.torch.attention, once a gradient is needed */
-        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level;
+            *is_legacy_batched, *tracing_state;
+        PyObject *forward_ad, *get_num_threads, *empty_like;
+        PyObject *is_autocast_enabled, *get_autocast_dtype;
+        PyObject *integration; /* flashcore.torch._call, once needed */
+        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level, *name_dtype;
     } torch;
 
     struct {
@@ -109,11 +112,23 @@ PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int
                        fc_array *array);
 
 /* torch.c */
+
+/* What torch has switched on around a call. */
+typedef struct fc_torch_modes {
+    bool autocast;
+    bool dispatch; /* something of torch's must see the call: a mode, a transform, a subclass, a lazy view */
+} fc_torch_modes;
+
 int fc_torch_load(fc_state *state, PyObject *torch);
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, bool *wants_gradient);
-int fc_torch_check_modes(fc_state *state);
+int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes);
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
+                          bool *wants_gradient, fc_torch_modes *modes);
+int fc_torch_explain(const char *name, PyObject *tensor); /* -1; says better why an import failed, where it can */
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
-PyObject *fc_torch_differentiable(fc_state *state, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_torch_integration(fc_state *state,
+                               const char *function); /* of flashcore/torch/_call.py; a new reference */
+/* True where is_plain()'s arguments, tensors and None, need nothing of torch but their data. */
+PyObject *fc_py_is_plain(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
 
 /* layout.c */
 typedef struct fc_geometry {
@@ -200,9 +215,11 @@ typedef struct fc_call {
     fc_array arrays[FC_NUM_OPERANDS];
     bool has[FC_NUM_OPERANDS];
     bool any_torch;
-    bool below_autograd;     /* torch's dispatcher has looked at tensors and modes already */
-    const char *gradient_of; /* the first argument that requires a gradient, or NULL */
-    bool has_stream;         /* the call's: the stream that the kernel runs on */
+    bool below_dispatcher; /* which has looked at tensors and modes already */
+    fc_torch_modes modes;  /* with modes.dispatch, nothing below is filled in: fc_torch_dispatch serves the call */
+    PyObject *casts[FC_NUM_OPERANDS]; /* autocast's copies, owned; each stands in arguments.given too */
+    const char *gradient_of;          /* the first argument that requires a gradient, or NULL */
+    bool has_stream;                  /* the call's: the stream that the kernel runs on */
     void *stream;
     fc_geometry geometry;
     fc_batches batches;
@@ -218,10 +235,19 @@ int fc_call_check_device(const fc_call *call, fc_array *array);
 int64_t fc_call_fold(fc_call *call);
 void fc_call_release(fc_call *call);
 
+/* attention() and, below torch's dispatcher, forward(), which gives (out, lse). */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 
+/* autograd.c */
+bool fc_torch_is_direct(const fc_call *call);
+PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse);
+PyObject *fc_torch_call(fc_state *state, const char *function, PyObject *const *args, Py_ssize_t num_args,
+                        PyObject *keyword_names);
+int fc_torch_autocast(fc_call *call);
+
 /* backward.c */
-PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
 
 #endif /* FC_BINDING_H */

@@ -4,7 +4,7 @@
  * There is no Python frame between the caller and the kernel: arguments are read straight from the vector call
  * (arguments.c), arrays are imported in place, the result is made by the query's own allocator, and the GIL is released
  * around the kernel. The rules on shapes and options live in the C library (check.c); what stands here is what only
- * Python can say.
+ * Python can say. Calls of torch tensors that torch must see take the ways of autograd.c.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -95,21 +95,46 @@ static int find_stream(fc_call *call, const fc_kind *kind)
                       &call->stream);
 }
 
+/* The dispatcher makes a tensor, so the query must be one. */
+static int check_dispatch(const fc_call *call, const char *name)
+{
+    fc_kind kind;
+    if (fc_kind_of(call->state, call->arguments.given[FC_ARG_QUERY], &kind) != 0) return -1;
+    if (kind.is_torch) return 0;
+    PyErr_Format(
+        PyExc_NotImplementedError,
+        "%s is a tensor that torch's dispatcher must see (a subclass, a lazy view, or a torch mode or transform "
+        "is active), but query is no torch tensor; pass query as one",
+        name);
+    return -1;
+}
+
+static int refuse_gradient_of_slopes(void)
+{
+    PyErr_SetString(PyExc_NotImplementedError,
+                    "alibi_slopes requires a gradient, and flashcore computes none: slopes are constants to it; pass "
+                    "alibi_slopes.detach(), or give the slopes' term as an attn_mask, which has a gradient");
+    return -1;
+}
+
 static int import_one(fc_call *call, enum fc_operand operand, const char *name, PyObject *object)
 {
     fc_kind kind;
     if (fc_kind_of(call->state, object, &kind) != 0) return -1;
-    if (kind.is_torch) {
-        if (!call->any_torch && !call->below_autograd && fc_torch_check_modes(call->state) != 0) return -1;
-        call->any_torch = true;
+    if (kind.is_torch && !call->below_dispatcher) {
         bool wants_gradient = false;
-        if (!call->below_autograd && fc_torch_check_tensor(call->state, name, object, &wants_gradient) != 0) return -1;
+        if (!call->any_torch && fc_torch_check_modes(call->state, &call->modes) != 0) return -1;
+        if (fc_torch_check_tensor(call->state, name, object, &kind, &wants_gradient, &call->modes) != 0) return -1;
+        if (call->modes.dispatch) return check_dispatch(call, name);
         if (wants_gradient && call->gradient_of == NULL) call->gradient_of = name;
+        if (wants_gradient && operand == FC_ALIBI) return refuse_gradient_of_slopes();
     }
+    call->any_torch |= kind.is_torch;
     bool asks_stream = kind.protocol == FC_BY_DLPACK || kind.protocol == FC_BY_CAI;
     if (operand == FC_QUERY && asks_stream && find_stream(call, &kind) != 0) return -1;
     fc_array *array = &call->arrays[operand];
-    if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0) return -1;
+    if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0)
+        return kind.is_torch ? fc_torch_explain(name, object) : -1;
     call->has[operand] = true;
     if (operand == FC_QUERY && !asks_stream && call->arguments.given[FC_ARG_STREAM] != NULL)
         return refuse_stream(call, array->device_type == FC_CPU);
@@ -145,7 +170,6 @@ int fc_call_check_device(const fc_call *call, fc_array *array)
     return -1;
 }
 
-/* Who serves a call that requires a gradient: flashcore/torch.py, where it can. */
 static int check_gradient(const fc_call *call)
 {
     const char *name = call->gradient_of;
@@ -191,7 +215,9 @@ int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, P
         PyObject *object = call->arguments.given[inputs[i].argument];
         if (object != NULL && import_one(call, inputs[i].operand, fc_argument_names[inputs[i].argument], object) != 0)
             return -1;
+        if (call->modes.dispatch) return 0;
     }
+    if (call->modes.autocast && fc_torch_autocast(call) != 0) return -1;
     fc_geometry *g = &call->geometry;
     if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE],
                        call->arguments.heads_inside, g) != 0)
@@ -205,6 +231,7 @@ int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, P
     if (call->arguments.given[FC_ARG_OUT] != NULL &&
         import_one(call, FC_OUT, "out", call->arguments.given[FC_ARG_OUT]) != 0)
         return -1;
+    if (call->modes.dispatch) return 0;
     for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
         if (call->has[operand] && fc_call_check_device(call, &call->arrays[operand]) != 0) return -1;
     fc_attention_problem *p = &call->problem;
@@ -386,29 +413,43 @@ static int run(fc_call *call)
 
 void fc_call_release(fc_call *call)
 {
-    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
+    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) {
         if (call->has[operand]) fc_array_release(&call->arrays[operand]);
+        Py_XDECREF(call->casts[operand]);
+    }
 }
 
-PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
+                        bool below_dispatcher)
 {
     fc_call call;
     memset(&call, 0, offsetof(fc_call, arrays));
     memset(&call.has, 0, sizeof call - offsetof(fc_call, has));
     call.state = PyModule_GetState(module);
+    call.below_dispatcher = below_dispatcher;
     fc_result out = {NULL, NULL}, lse = {NULL, NULL};
     PyObject *returned = NULL;
 
     if (fc_call_prepare(&call, args, num_args, keyword_names) != 0) goto done;
-    if (call.gradient_of != NULL) { /* checked, but autograd must see it */
-        returned = fc_torch_differentiable(call.state, args, num_args, keyword_names);
+    if (call.modes.dispatch) {
+        returned = fc_torch_call(call.state, "attention", args, num_args, keyword_names);
         goto done;
     }
+    bool differentiable = call.gradient_of != NULL;
+    if (differentiable && !fc_torch_is_direct(&call)) {
+        returned = fc_torch_call(call.state, "fold_and_call", args, num_args, keyword_names);
+        goto done;
+    }
+    bool wants_lse = call.arguments.return_lse || differentiable || below_dispatcher;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
-    if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
+    if (wants_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (run(&call) != 0) goto done;
+    if (differentiable) {
+        returned = fc_torch_node(&call, out.object, lse.object);
+        goto done;
+    }
     returned = finish_result(&out);
-    if (call.arguments.return_lse && returned != NULL) {
+    if (wants_lse && returned != NULL) {
         PyObject *second = finish_result(&lse);
         PyObject *pair = second == NULL ? NULL : PyTuple_Pack(2, returned, second);
         Py_XDECREF(second);
@@ -422,6 +463,16 @@ done:
     Py_XDECREF(lse.object);
     Py_XDECREF(lse.finish);
     return returned;
+}
+
+PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    return attend(module, args, num_args, keyword_names, false);
+}
+
+PyObject *fc_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    return attend(module, args, num_args, keyword_names, true);
 }
 
 /* Describes an output that is not made, as a row-major array of its shape. */
@@ -450,6 +501,12 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     call.state = PyModule_GetState(module);
     PyObject *returned = NULL;
     if (fc_call_prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (call.modes.dispatch) {
+        PyErr_SetString(PyExc_NotImplementedError,
+                        "explain() reads shapes and strides of plain tensors, and here torch's dispatcher must see the "
+                        "call (a tensor subclass or lazy view, or a torch mode or transform is active); call outside");
+        goto done;
+    }
     if (call.has[FC_OUT] && check_out(&call) != 0) goto done;
     if (call.has[FC_OUT])
         fc_place(&call.geometry, FC_OUT, &call.arrays[FC_OUT], &call.problem.out, &call.batches);
