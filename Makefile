@@ -58,9 +58,9 @@ test-build: $(VENV)/.test
 bench: build $(VENV)/.test
 	$(BIN)/python benchmarks forward short host portable
 
-#   make bench-cpu   the CPU kernels beside PyTorch's
+#   make bench-cpu   the CPU kernels, and a call with gradients, beside PyTorch's
 bench-cpu: build $(VENV)/.test
-	$(BIN)/python benchmarks cpu
+	$(BIN)/python benchmarks cpu autograd
 
 #   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU (torch's allocator would hide overruns)
 sanitize: build $(VENV)/.test

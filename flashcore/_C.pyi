@@ -51,21 +51,20 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
 
 def backward(
     saved: tuple[Any, ...], dout: Any, dlse: Any, wanted: tuple[bool, ...], options: dict[str, Any], /
-) -> tuple[Any, Any, Any, Any, None, Any]:
+) -> tuple[Any, ...]:
     """Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).
 
     saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's results; dout
-    and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six, and so does the
-    result with its gradient, None where not wanted (nobody may want alibi_slopes'). A gradient has its input's shape,
-    dtype and, for torch tensors, order in memory. One batch dimension at most, which query, key and value share. On
-    the CPU.
+    and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six; the result is
+    as long, and has their gradients, None where not wanted (nobody may want that of alibi_slopes). A gradient has its
+    input's shape, dtype and, for torch tensors, order in memory. One batch dimension at most, which query, key and
+    value share. On the CPU.
 
     Raises what attention(...) would raise, and ValueError for arrays that do not fit it.
     """
 
-def is_plain(*tensors: Any) -> bool:
-    """True where all that torch has to say of the tensors (or None) is their data: no mode or transform is active,
-    none is a subclass or a lazily negated view."""
+def node_backward(ctx: Any, *grad_outputs: Any) -> Any:
+    """The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse."""
 
 def kernels() -> list[str]:
     """Names of the kernels in this build, in the planner's order."""

@@ -66,20 +66,67 @@ PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse)
     if (mask == NULL) mask = Py_None;
     if (slopes == NULL) slopes = Py_None;
     if (sinks == NULL) sinks = Py_None;
-    PyObject *node = NULL, *results = PyTuple_Pack(2, out, lse), *options = options_of(call);
-    PyObject *apply = fc_torch_integration(call->state, "apply");
+    PyObject *node = NULL, *options = options_of(call), *apply = fc_torch_integration(call->state, "apply");
+    PyObject *return_lse = call->arguments.return_lse ? Py_True : Py_False;
     /* In a tuple the results are no inputs to autograd. */
-    PyObject *rest = results == NULL || options == NULL
-                         ? NULL
-                         : PyTuple_Pack(3, results, call->arguments.return_lse ? Py_True : Py_False, options);
+    PyObject *rest = options == NULL ? NULL : PyTuple_Pack(4, out, lse, return_lse, options);
     if (apply != NULL && rest != NULL)
         node = PyObject_CallFunctionObjArgs(apply, given[FC_ARG_QUERY], given[FC_ARG_KEY], given[FC_ARG_VALUE], mask,
                                             slopes, sinks, rest, NULL);
-    Py_XDECREF(results);
     Py_XDECREF(options);
     Py_XDECREF(apply);
     Py_XDECREF(rest);
     return node;
+}
+
+/* After a failure, which it takes back where it was that a gradient has no memory: asked only then, for it is rare. */
+static bool is_batched(fc_state *state, PyObject *const of_results[2])
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    bool batched =
+        fc_torch_is_legacy_batched(state, of_results[0]) > 0 || fc_torch_is_legacy_batched(state, of_results[1]) > 0;
+    PyErr_Clear();
+    if (!batched) {
+        PyErr_Restore(type, value, traceback);
+        return false;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    return true;
+}
+
+/* The node's backward, which autograd calls with (ctx, dout[, dlse]): a gradient for each input of the node. */
+PyObject *fc_py_node_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+{
+    fc_state *state = PyModule_GetState(module);
+    if (num_args < 2 || num_args > 3) {
+        PyErr_SetString(PyExc_TypeError, "node_backward() takes autograd's ctx, dout, and dlse where lse was returned");
+        return NULL;
+    }
+    PyObject *ctx = args[0], *of_results[2] = {args[1], num_args == 3 ? args[2] : Py_None};
+    PyObject *gradients = NULL, *by_op = NULL, *saved = PyObject_GetAttr(ctx, state->torch.name_saved_tensors);
+    PyObject *wanted = saved == NULL ? NULL : PyObject_GetAttr(ctx, state->torch.name_needs_input_grad);
+    PyObject *options = wanted == NULL ? NULL : PyObject_GetAttr(ctx, state->torch.name_options);
+    if (options == NULL) goto done;
+    int grad_enabled = fc_torch_grad_enabled(state); /* create_graph=True: a second derivative is to be refused */
+    int plain = grad_enabled < 0 ? -1 : !grad_enabled && of_results[0] != Py_None;
+    if (plain > 0) plain = fc_torch_is_plain(state, of_results, 2);
+    if (plain < 0) goto done;
+    PyObject *call[5] = {saved, of_results[0], of_results[1], wanted, options};
+    if (plain) {
+        gradients = fc_py_backward(module, call, 5);
+        if (gradients != NULL || !is_batched(state, of_results)) goto done;
+    }
+    if ((by_op = fc_torch_integration(state, "backward_by_op")) != NULL)
+        gradients = PyObject_CallFunctionObjArgs(by_op, call[0], call[1], call[2], call[3], call[4], NULL);
+done:
+    Py_XDECREF(by_op);
+    Py_XDECREF(saved);
+    Py_XDECREF(wanted);
+    Py_XDECREF(options);
+    return gradients;
 }
 
 /* The same call of a function of flashcore/torch. */

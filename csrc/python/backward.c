@@ -74,6 +74,16 @@ static int import_array(fc_gradients *g, int which, PyObject *object)
     return place(g, which);
 }
 
+static bool is_row_major(const fc_array *array)
+{
+    int64_t step = 1;
+    for (int i = array->ndim - 1; i >= 0; i--) {
+        if (array->shape[i] != 1 && array->strides[i] != step) return false;
+        step *= array->shape[i];
+    }
+    return true;
+}
+
 /* A gradient's array, like its input: torch lays it in memory as the input is, so what makes the input a view of
  * something (a projection's result, say) need not copy it back. */
 static int make_gradient(fc_gradients *g, int which)
@@ -87,8 +97,8 @@ static int make_gradient(fc_gradients *g, int which)
                      which == DALIBI ? "flashcore computes no gradient of alibi_slopes" : "the call has no such input");
         return -1;
     }
-    if (!input->kind.is_torch) {
-        PyObject *finish = NULL; /* of kinds that cannot be written, JAX's arrays */
+    if (!input->kind.is_torch || is_row_major(input)) { /* of the fewest microseconds */
+        PyObject *finish = NULL;                        /* of kinds that cannot be written, JAX's arrays */
         if (fc_result_new(call->state, input, known[which].name, input->dtype, input->ndim, input->shape, call->stream,
                           array, &g->gradients[which], &finish) != 0)
             return -1;
@@ -111,7 +121,7 @@ static int make_gradient(fc_gradients *g, int which)
     return place(g, which);
 }
 
-/* One truth for each input, in their order; more of them, as autograd has, are of no interest. */
+/* One truth for each input, in their order; autograd's have more behind them, of what is no array. */
 static int make_gradients(fc_gradients *g, PyObject *wanted)
 {
     if (!PyTuple_Check(wanted) || PyTuple_Size(wanted) < NUM_ARRAYS - FIRST_GRADIENT) {
@@ -156,14 +166,16 @@ static int run(fc_gradients *g)
     Py_END_ALLOW_THREADS return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
-/* The gradients, None where one is not wanted. */
-static PyObject *take_gradients(fc_gradients *g)
+/* The gradients, as many as there are truths in `wanted`; None where one is not wanted. */
+static PyObject *take_gradients(const fc_gradients *g, PyObject *wanted)
 {
-    PyObject *taken = PyTuple_New(NUM_ARRAYS - FIRST_GRADIENT);
-    for (int i = FIRST_GRADIENT; taken != NULL && i < NUM_ARRAYS; i++) {
-        PyObject *gradient = g->gradients[i] != NULL ? g->gradients[i] : Py_None;
+    Py_ssize_t count = PyTuple_Size(wanted);
+    PyObject *taken = PyTuple_New(count);
+    for (Py_ssize_t i = 0; taken != NULL && i < count; i++) {
+        bool has = i < NUM_ARRAYS - FIRST_GRADIENT && g->gradients[FIRST_GRADIENT + i] != NULL;
+        PyObject *gradient = has ? g->gradients[FIRST_GRADIENT + i] : Py_None;
         Py_INCREF(gradient);
-        PyTuple_SetItem(taken, i - FIRST_GRADIENT, gradient);
+        PyTuple_SetItem(taken, i, gradient);
     }
     return taken;
 }
@@ -221,7 +233,7 @@ PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num
     for (int i = 0; i < FIRST_GRADIENT && error == 0; i++) error = import_array(&g, i, read[i]);
     if (error == 0) error = make_gradients(&g, args[3]);
     if (error == 0) error = run(&g);
-    PyObject *taken = error == 0 ? take_gradients(&g) : NULL;
+    PyObject *taken = error == 0 ? take_gradients(&g, args[3]) : NULL;
     for (int i = 0; i < NUM_ARRAYS; i++) {
         if (g.has[i]) fc_array_release(&g.arrays[i]);
         Py_XDECREF(g.gradients[i]);

@@ -82,7 +82,8 @@ typedef struct fc_state {
         PyObject *forward_ad, *get_num_threads, *empty_like;
         PyObject *is_autocast_enabled, *get_autocast_dtype;
         PyObject *integration; /* flashcore.torch._call, once needed */
-        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level, *name_dtype;
+        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level, *name_dtype, *name_saved_tensors,
+            *name_needs_input_grad, *name_options;
     } torch;
 
     struct {
@@ -127,8 +128,11 @@ int fc_torch_explain(const char *name, PyObject *tensor); /* -1; says better why
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
 PyObject *fc_torch_integration(fc_state *state,
                                const char *function); /* of flashcore/torch/_call.py; a new reference */
-/* True where is_plain()'s arguments, tensors and None, need nothing of torch but their data. */
-PyObject *fc_py_is_plain(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
+/* 1 where nothing of torch but their data is in the tensors (or None), and no mode or transform is active. */
+int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count);
+/* A gradient under autograd's is_grads_batched: its vmap is older than functorch, no level of it, and has no memory. */
+int fc_torch_is_legacy_batched(fc_state *state, PyObject *tensor);
+int fc_torch_grad_enabled(fc_state *state);
 
 /* layout.c */
 typedef struct fc_geometry {
@@ -243,6 +247,7 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
 /* autograd.c */
 bool fc_torch_is_direct(const fc_call *call);
 PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse);
+PyObject *fc_py_node_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
 PyObject *fc_torch_call(fc_state *state, const char *function, PyObject *const *args, Py_ssize_t num_args,
                         PyObject *keyword_names);
 int fc_torch_autocast(fc_call *call);

@@ -87,9 +87,9 @@ PyDoc_STRVAR(
     "\n"
     "Raises what attention(...) would raise, and ValueError for arrays that do not fit it.\n");
 
-PyDoc_STRVAR(is_plain_doc, "is_plain(*tensors)\n--\n\n"
-                           "True where all that torch has to say of the tensors (or None) is their data: no mode or "
-                           "transform is active,\nnone is a subclass or a lazily negated view.\n");
+PyDoc_STRVAR(node_backward_doc,
+             "node_backward(ctx, *grad_outputs)\n--\n\n"
+             "The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse.\n");
 
 /* Names of the kernels of this build, in the planner's order. */
 static PyObject *kernels(PyObject *module, PyObject *unused)
@@ -141,7 +141,7 @@ static PyMethodDef methods[] = {
     {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
     {"backward", (PyCFunction)(void (*)(void))fc_py_backward, METH_FASTCALL, backward_doc},
     {"forward", (PyCFunction)(void (*)(void))fc_py_forward, METH_FASTCALL | METH_KEYWORDS, forward_doc},
-    {"is_plain", (PyCFunction)(void (*)(void))fc_py_is_plain, METH_FASTCALL, is_plain_doc},
+    {"node_backward", (PyCFunction)(void (*)(void))fc_py_node_backward, METH_FASTCALL, node_backward_doc},
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},

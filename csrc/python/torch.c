@@ -49,6 +49,9 @@ int fc_torch_load(fc_state *state, PyObject *torch)
     state->torch.name_layout = PyUnicode_InternFromString("layout");
     state->torch.name_current_level = PyUnicode_InternFromString("_current_level");
     state->torch.name_dtype = PyUnicode_InternFromString("dtype");
+    state->torch.name_saved_tensors = PyUnicode_InternFromString("saved_tensors");
+    state->torch.name_needs_input_grad = PyUnicode_InternFromString("needs_input_grad");
+    state->torch.name_options = PyUnicode_InternFromString("options");
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
         if (*wanted[i].into != NULL) continue;
         PyObject *found = attribute_path(torch, wanted[i].a, wanted[i].b, wanted[i].c);
@@ -164,10 +167,9 @@ int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes)
     return 0;
 }
 
-/* A gradient under autograd's is_grads_batched, whose vmap is older than functorch and no level of it. */
-static int is_legacy_batched(fc_state *state, PyObject *tensor)
+int fc_torch_is_legacy_batched(fc_state *state, PyObject *tensor)
 {
-    if (state->torch.is_legacy_batched == NULL) return 0;
+    if (state->torch.is_legacy_batched == NULL || tensor == Py_None) return 0;
     PyObject *answer = PyObject_CallFunctionObjArgs(state->torch.is_legacy_batched, tensor, NULL);
     if (answer == NULL) return -1;
     bool batched = answer == Py_True;
@@ -175,24 +177,23 @@ static int is_legacy_batched(fc_state *state, PyObject *tensor)
     return batched;
 }
 
-PyObject *fc_py_is_plain(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count)
 {
-    fc_state *state = PyModule_GetState(module);
     fc_torch_modes modes = {0};
-    if (state->torch.tensor_type == NULL) Py_RETURN_FALSE;
-    if (fc_torch_check_modes(state, &modes) != 0) return NULL;
-    for (Py_ssize_t i = 0; i < num_args && !modes.dispatch; i++) {
+    if (fc_torch_check_modes(state, &modes) != 0) return -1;
+    for (int i = 0; i < count && !modes.dispatch; i++) {
         fc_kind kind;
         bool wants_gradient;
-        if (args[i] == Py_None) continue;
-        if (fc_kind_of(state, args[i], &kind) != 0) return NULL;
-        if (!kind.is_torch) Py_RETURN_FALSE;
-        if (fc_torch_check_tensor(state, "a tensor", args[i], &kind, &wants_gradient, &modes) != 0) return NULL;
-        int batched = is_legacy_batched(state, args[i]);
-        if (batched < 0) return NULL;
-        modes.dispatch |= batched;
+        if (tensors[i] == Py_None) continue;
+        if (fc_kind_of(state, tensors[i], &kind) != 0) return -1;
+        if (fc_torch_check_tensor(state, "a gradient", tensors[i], &kind, &wants_gradient, &modes) != 0) return -1;
     }
-    return PyBool_FromLong(!modes.dispatch);
+    return !modes.dispatch;
+}
+
+int fc_torch_grad_enabled(fc_state *state)
+{
+    return is_true(state->torch.is_grad_enabled);
 }
 
 /* A nested tensor of the older kind calls itself strided, and says no more than that it has no sizes. */

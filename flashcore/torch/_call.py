@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore import _C
-from flashcore.torch._eager import apply
+from flashcore.torch._eager import apply, backward_by_op
 from flashcore.torch._op import call
 from flashcore.torch._shapes import fold_call
 
-__all__ = ["apply", "attention", "fold_and_call"]
+__all__ = ["apply", "attention", "backward_by_op", "fold_and_call"]
 
 
 def fold_and_call(

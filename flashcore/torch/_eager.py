@@ -27,23 +27,23 @@ class FlashCoreAttention(torch.autograd.Function):
         attn_mask: Any,
         alibi_slopes: Any,
         sinks: Any,
-        call: tuple[tuple[Any, Any], bool, dict[str, Any]],
+        call: tuple[Any, Any, bool, dict[str, Any]],
     ) -> Any:
-        results, return_lse, ctx.options = call
-        ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, *results)
+        out, lse, return_lse, ctx.options = call
+        ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, out, lse)
         if not return_lse:
-            return results[0]
+            return out
         ctx.set_materialize_grads(False)  # a result that took no part in the loss costs nothing
-        return results
+        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if dout is None:
-            dout = zero_gradient(saved[-2])
-        if torch.is_grad_enabled() or not _C.is_plain(dout, dlse):
-            return *call_backward(saved, dout, dlse, wanted[:6], ctx.options), None
-        return *_C.backward(saved, dout, dlse, wanted, ctx.options), None
+    backward = staticmethod(_C.node_backward)
+
+
+def backward_by_op(saved: Any, dout: Any, dlse: Any, wanted: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The node's backward where its C function would hide something from torch."""
+    if dout is None:  # the loss used lse alone
+        dout = zero_gradient(saved[-2])
+    return *call_backward(saved, dout, dlse, wanted[:6], options), None
 
 
 # autograd.Function's own apply looks for functorch and default arguments first, which C has done.
