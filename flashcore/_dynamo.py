@@ -20,10 +20,11 @@ def _register() -> None:
     import torch
 
     from flashcore import attention
-    from flashcore.torch import _call
+    from flashcore.torch import _call, _install
 
     if hasattr(torch.compiler, "substitute_in_graph"):  # torch 2.5
         torch.compiler.substitute_in_graph(attention)(_call.attention)
+        torch.compiler.assume_constant_result(_install.warn_of)
 
 
 class _Watch(MetaPathFinder):

@@ -50,6 +50,25 @@ def fold_and_call(
     return (out, lse) if return_lse else out
 
 
+def _length(x: Any, layout: str | None) -> Any:
+    return x.shape[0] if x.ndim == 2 else x.shape[-3 if layout == "bshd" else -2]
+
+
+def _read_bias(bias: Any, query: Any, key: Any, is_causal: Any, window: Any, diagonal: Any, layout: str | None) -> Any:
+    """What is_causal says of one of torch.nn.attention.bias's objects."""
+    if is_causal or window is not None or diagonal:
+        raise ValueError(
+            f"attn_mask is a CausalBias, which says all of causality, and is_causal is {is_causal!r}, "
+            f"window {window!r}, diagonal {diagonal!r}; give one or the other"
+        )
+    lengths = (_length(query, layout), _length(key, layout))
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise ValueError(
+            f"attn_mask is a CausalBias of {bias.seq_len_q} rows and {bias.seq_len_kv} keys; the call has {lengths}"
+        )
+    return "lower_right" if bias.variant.name == "LOWER_RIGHT" else True
+
+
 def attention(
     query: Any,
     key: Any,
@@ -65,7 +84,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    layout: str | None = "bhsd",
+    layout: Any = "bhsd",
     return_lse: bool = False,
     out: Any = None,
     deterministic: bool = False,
@@ -74,6 +93,28 @@ def attention(
     block_n: int | None = None,
 ) -> Any:
     """flashcore.attention through torch.ops.flashcore.attention, whatever its tensors are."""
+    # A mask in name only: an argument will do, on the shortest way there is. Importing its class would load Dynamo.
+    if type(attn_mask).__name__ == "CausalBias":
+        causal = _read_bias(attn_mask, query, key, is_causal, window, diagonal, layout)
+        return _C.attention(
+            query,
+            key,
+            value,
+            None,
+            dropout_p,
+            causal,
+            scale,
+            enable_gqa,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            layout=layout,
+            return_lse=return_lse,
+            out=out,
+            deterministic=deterministic,
+            block_m=block_m,
+            block_n=block_n,
+        )
     if dropout_p:
         raise NotImplementedError(f"dropout_p is {dropout_p}, and flashcore has no dropout yet; pass 0.0")
     for name, x in (("out", out), ("stream", stream)):
@@ -90,8 +131,7 @@ def attention(
     if isinstance(diagonal, str):
         if diagonal != "lower_right":
             raise ValueError(f"diagonal is {diagonal!r}; allowed: an int or 'lower_right'")
-        rows = [x.shape[0] if x.ndim == 2 else x.shape[-2 if layout == "bhsd" else -3] for x in (query, key)]
-        diagonal = rows[1] - rows[0]
+        diagonal = _length(key, layout) - _length(query, layout)
     arrays, unfold = fold_call(query, key, value, attn_mask, alibi_slopes, sinks, layout)
     result, lse = call(
         *arrays,
