@@ -168,9 +168,14 @@ def test_other_layouts() -> None:
 
 
 def test_meta_tensors() -> None:
-    q, k, v = (x.to("meta") for x in qkv())
-    with pytest.raises((NotImplementedError, ValueError, RuntimeError, BufferError), match=r"meta|device"):
-        flashcore.attention(q, k, v)
+    """Shapes and dtypes without data, as PyTorch's function gives them."""
+    q, k, v = qkv()
+    metas = [x.to("meta") for x in (q, k, v)]
+    out, lse = flashcore.attention(*metas, is_causal=True, return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", q.shape, q.shape[:-1])
+    for mixed in ((metas[0], k, v), (q, metas[1], v), (q, k, metas[2])):
+        with pytest.raises(ValueError, match=r"query is on \w+ and \w+ on \w+; all arrays must be on one device"):
+            flashcore.attention(*mixed)
 
 
 def test_quantized_and_integer_tensors() -> None:

@@ -124,7 +124,8 @@ int fc_torch_load(fc_state *state, PyObject *torch);
 int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes);
 int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
                           bool *wants_gradient, fc_torch_modes *modes);
-int fc_torch_explain(const char *name, PyObject *tensor); /* -1; says better why an import failed, where it can */
+/* Why an import failed, in better words; or 0, where it is the dispatcher's to serve the call. */
+int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes);
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
 PyObject *fc_torch_integration(fc_state *state,
                                const char *function); /* of flashcore/torch/_call.py; a new reference */

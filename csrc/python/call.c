@@ -134,7 +134,9 @@ static int import_one(fc_call *call, enum fc_operand operand, const char *name, 
     if (operand == FC_QUERY && asks_stream && find_stream(call, &kind) != 0) return -1;
     fc_array *array = &call->arrays[operand];
     if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0)
-        return kind.is_torch ? fc_torch_explain(name, object) : -1;
+        if (!kind.is_torch || call->below_dispatcher || fc_torch_import_failed(name, object, &call->modes) != 0)
+            return -1;
+    if (call->modes.dispatch) return check_dispatch(call, name);
     call->has[operand] = true;
     if (operand == FC_QUERY && !asks_stream && call->arguments.given[FC_ARG_STREAM] != NULL)
         return refuse_stream(call, array->device_type == FC_CPU);

@@ -196,25 +196,35 @@ int fc_torch_grad_enabled(fc_state *state)
     return is_true(state->torch.is_grad_enabled);
 }
 
-/* A nested tensor of the older kind calls itself strided, and says no more than that it has no sizes. */
-int fc_torch_explain(const char *name, PyObject *tensor)
+static bool is_truly(PyObject *tensor, const char *attribute)
+{
+    PyObject *value = PyObject_GetAttrString(tensor, attribute);
+    bool is_true = value == Py_True;
+    PyErr_Clear();
+    Py_XDECREF(value);
+    return is_true;
+}
+
+/* A tensor on the meta device has no data, and the dispatcher knows its way. A nested tensor of the older kind calls
+ * itself strided, and says no more than that it has no sizes. */
+int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    PyObject *is_nested = PyObject_GetAttrString(tensor, "is_nested");
-    PyErr_Clear();
-    if (is_nested == Py_True) {
-        Py_XDECREF(type);
-        Py_XDECREF(value);
-        Py_XDECREF(traceback);
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s is a nested tensor; pad it, with nested.to_padded_tensor(0.0), and "
-                     "mask the rest",
-                     name);
-    } else {
+    bool is_meta = is_truly(tensor, "is_meta"), is_nested = is_truly(tensor, "is_nested");
+    if (!is_meta && !is_nested) {
         PyErr_Restore(type, value, traceback);
+        return -1;
     }
-    Py_XDECREF(is_nested);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    if (is_meta) {
+        modes->dispatch = true;
+        return 0;
+    }
+    PyErr_Format(PyExc_NotImplementedError,
+                 "%s is a nested tensor; pad it, with nested.to_padded_tensor(0.0), and mask the rest", name);
     return -1;
 }
 

@@ -123,6 +123,9 @@ def attention(
                 f"{name} is given, but the call goes by torch's dispatcher (torch.compile, a tensor subclass, or a "
                 f"torch mode or transform), which has no {name}; leave it away"
             )
+    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if getattr(x, "device", query.device) != query.device:
+            raise ValueError(f"query is on {query.device} and {name} on {x.device}; all arrays must be on one device")
     if isinstance(is_causal, str):
         if is_causal != "lower_right":
             raise ValueError(f"is_causal is {is_causal!r}; allowed: True, False, 'lower_right'")
