@@ -105,6 +105,24 @@ def test_lse(which: str) -> None:
     assert torch.autograd.gradcheck(call, (*qkv(), mask, sinks))
 
 
+def test_an_unused_result_costs_the_backward_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.torch import _call
+
+    seen: list[Any] = []
+
+    def backward_by_op(saved: Any, dout: Any, dlse: Any, *others: Any) -> Any:
+        seen.append((dout is None, dlse is None))
+        return original(saved, dout, dlse, *others)
+
+    original = _call.backward_by_op
+    monkeypatch.setattr(_call, "backward_by_op", backward_by_op)
+    q, k, v = qkv()
+    for which in (0, 1):
+        result = flashcore.attention(q, k, v, return_lse=True)[which]
+        torch.autograd.grad(result.sum(), q, create_graph=True)  # goes by the op
+    assert seen == [(False, True), (True, False)]
+
+
 def test_layout() -> None:
     q, k, v = tensors((2, 4, 3, 3), (2, 5, 3, 3), (2, 5, 3, 2))
     call: Callable[..., Any] = lambda *x: flashcore.attention(*x, layout="bshd", is_causal=True, return_lse=True)  # noqa: E731
@@ -117,6 +135,7 @@ SHAPES = {
     "three_dimensions": ((2, 4, 3), (2, 5, 3), (2, 5, 2)),
     "five_dimensions": ((2, 3, 2, 4, 3), (2, 3, 2, 5, 3), (2, 3, 2, 5, 2)),
     "broadcast_batch": ((3, 2, 4, 3), (1, 2, 5, 3), (2, 5, 2)),
+    "broadcast_batch_of_four": ((3, 2, 4, 3), (1, 2, 5, 3), (3, 2, 5, 2)),
     "broadcast_batches_that_do_not_fold": ((2, 1, 2, 4, 3), (1, 3, 2, 5, 3), (3, 2, 5, 2)),
     "broadcast_heads": ((2, 1, 4, 3), (2, 3, 5, 3), (2, 1, 5, 2)),
 }

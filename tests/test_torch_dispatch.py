@@ -78,10 +78,10 @@ def test_autocast_of_the_op() -> None:
     import flashcore.torch
 
     q, k, v = qkv()
-    sinks = torch.rand(1, 3)
+    sinks, mask = torch.rand(1, 3), torch.randn(1, 1, 9, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = torch.ops.flashcore.attention(q, k, v, torch.zeros(1, 1, 9, 9), None, sinks)
-        want = flashcore.attention(q, k, v, torch.zeros(9, 9), sinks=sinks, return_lse=True)
+        out, lse = torch.ops.flashcore.attention(q, k, v, mask, None, sinks)
+        want = flashcore.attention(q, k, v, mask, sinks=sinks, return_lse=True)
     assert out.dtype == torch.bfloat16
     assert same_bits(out, want[0])
     assert same_bits(lse, want[1])
