@@ -42,7 +42,7 @@ check: build $(VENV)/.check
 	$(BIN)/ruff check $(PY_SOURCES)
 	$(BIN)/python docs/support_matrix.py --check
 	$(BIN)/mypy
-	$(BIN)/python -P -m mypy.stubtest flashcore._C
+	$(BIN)/python -P -m mypy.stubtest flashcore._C --mypy-config-file pyproject.toml
 	$(BIN)/python -P -m pytest tests/test_plan.py tests/test_sources.py -q
 
 #   make format      write the format that `make check` wants
@@ -58,9 +58,9 @@ test-build: $(VENV)/.test
 bench: build $(VENV)/.test
 	$(BIN)/python benchmarks forward short host portable
 
-#   make bench-cpu   the CPU kernels beside PyTorch's
+#   make bench-cpu   the CPU kernels, and a call with gradients, beside PyTorch's
 bench-cpu: build $(VENV)/.test
-	$(BIN)/python benchmarks cpu
+	$(BIN)/python benchmarks cpu autograd
 
 #   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU (torch's allocator would hide overruns)
 sanitize: build $(VENV)/.test
@@ -77,7 +77,7 @@ FUZZ_COUNT ?= 1000000
 
 asan: $(ASAN_VENV)/.built
 	$(ASAN_RUN) -P -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
-	    tests/test_robustness.py tests/test_backward.py tests/test_tuned.py tests/test_autotune.py \
+	    tests/test_robustness.py tests/test_backward.py tests/test_backward_binding.py tests/test_tuned.py tests/test_autotune.py \
 	    -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
 
 fuzz: $(ASAN_VENV)/.built

@@ -133,11 +133,12 @@ def host_times(calls: dict[str, tuple[Call, Scope]], bursts: int, burst: int = 2
     never pushes back."""
     import torch
 
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     result: dict[str, list[float]] = {name: [] for name in calls}
     for burst_index in range(bursts + 3):
         for name, (call, scope) in calls.items():
             with scope():
-                torch.cuda.synchronize()
+                synchronize()
                 begin = time.perf_counter_ns()
                 for _ in range(burst):
                     call()

@@ -46,6 +46,27 @@ def attention(
 def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """What attention(...) would run, as a dict; flashcore.explain dresses it."""
 
+def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """attention(..., return_lse=True) for kernels of torch's dispatcher, which has looked at modes, gradients and
+    subclasses already: tensors are taken as the memory they are."""
+
+def backward(
+    saved: tuple[Any, ...], dout: Any, dlse: Any, wanted: tuple[bool, ...], options: dict[str, Any], /
+) -> tuple[Any, ...]:
+    """Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).
+
+    saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's results; dout
+    and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six; the result is
+    as long, and has their gradients, None where not wanted (nobody may want that of alibi_slopes). A gradient has its
+    input's shape, dtype and, for torch tensors, order in memory. One batch dimension at most, which query, key and
+    value share. On the CPU.
+
+    Raises what attention(...) would raise, and ValueError for arrays that do not fit it.
+    """
+
+def node_backward(ctx: Any, *grad_outputs: Any) -> Any:
+    """The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse."""
+
 def kernels() -> list[str]:
     """Names of the kernels in this build, in the planner's order."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashcore import _dynamo
 from flashcore._C import attention
 from flashcore._C import cuda_devices as _cuda_devices
 from flashcore._C import device as _device
@@ -121,3 +122,6 @@ def library_path() -> str:
 def include_path() -> str:
     """Folder that holds flashcore.h."""
     return str(Path(__file__).parent / "include")
+
+
+_dynamo.watch()

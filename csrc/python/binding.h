@@ -3,11 +3,13 @@
  *
  *   module.c     method table, module state
  *   call.c       attention(): route, run, return
+ *   backward.c   backward(): the gradients of a call, for autograd
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
  *   tensor.c     arrays in: which protocol an object speaks, and DLPack and the CUDA array interface
  *   numpy.c      arrays in and out through NumPy's C API
  *   torch.c      what a torch.Tensor may ask that the C function cannot serve
+ *   autograd.c   the two ways of a call that torch must see: an autograd node, or torch's dispatcher
  *   result.c     arrays out: made by the query's own allocator
  *   support.c    facts of dtypes, and the way to flashcore/_interop.py
  *   buffer.c     memory of our own that speaks DLPack, for results of kinds that cannot be written
@@ -42,6 +44,7 @@ typedef struct fc_kind {
     PyTypeObject *type; /* held while cached */
     fc_protocol protocol;
     bool is_torch;
+    bool is_subclass;     /* of torch.Tensor, and not Parameter: it may redefine what its data means */
     dl_exchange_api *api; /* lives as long as the process */
 } fc_kind;
 
@@ -77,9 +80,12 @@ typedef struct fc_state {
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
-            *tracing_state;
-        PyObject *forward_ad, *get_num_threads;
-        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level;
+            *is_legacy_batched, *tracing_state;
+        PyObject *forward_ad, *get_num_threads, *empty_like;
+        PyObject *is_autocast_enabled, *get_autocast_dtype;
+        PyObject *integration; /* flashcore.torch._call, once needed */
+        PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level, *name_dtype, *name_saved_tensors,
+            *name_needs_input_grad, *name_options;
     } torch;
 
     struct {
@@ -109,10 +115,27 @@ PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int
                        fc_array *array);
 
 /* torch.c */
+
+/* What torch has switched on around a call. */
+typedef struct fc_torch_modes {
+    bool autocast;
+    bool dispatch; /* something of torch's must see the call: a mode, a transform, a subclass, a lazy view */
+} fc_torch_modes;
+
 int fc_torch_load(fc_state *state, PyObject *torch);
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor);
-int fc_torch_check_modes(fc_state *state);
+int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes);
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
+                          bool *wants_gradient, fc_torch_modes *modes);
+/* Why an import failed, in better words; or 0, where it is the dispatcher's to serve the call. */
+int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes);
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
+PyObject *fc_torch_integration(fc_state *state,
+                               const char *function); /* of flashcore/torch/_call.py; a new reference */
+/* 1 where nothing of torch but their data is in the tensors (or None), and no mode or transform is active. */
+int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count);
+/* A gradient under autograd's is_grads_batched: its vmap is older than functorch, no level of it, and has no memory. */
+int fc_torch_is_legacy_batched(fc_state *state, PyObject *tensor);
+int fc_torch_grad_enabled(fc_state *state);
 
 /* layout.c */
 typedef struct fc_geometry {
@@ -191,7 +214,37 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
                       fc_arguments *arguments, fc_attention_problem *problem);
 
 /* call.c */
+
+/* One call on its way: what was given, and what is made of it. */
+typedef struct fc_call {
+    fc_state *state;
+    fc_arguments arguments;
+    fc_array arrays[FC_NUM_OPERANDS];
+    bool has[FC_NUM_OPERANDS];
+    bool any_torch;
+    bool below_dispatcher; /* which has looked at tensors and modes already */
+    fc_torch_modes modes;  /* with modes.dispatch, nothing below is filled in: fc_torch_dispatch serves the call */
+    PyObject *casts[FC_NUM_OPERANDS]; /* autocast's copies, owned; each stands in arguments.given too */
+    const char *gradient_of;          /* the first argument that requires a gradient, or NULL */
+    bool has_stream;                  /* the call's: the stream that the kernel runs on */
+    void *stream;
+    fc_geometry geometry;
+    fc_batches batches;
+    fc_attention_problem problem;
+} fc_call;
+
+int fc_raise_status(fc_status status); /* -1, with fc_last_error() raised */
+fc_tensor *fc_tensor_of(fc_attention_problem *problem, enum fc_operand operand);
+/* Arguments to a problem, all but the outputs; fc_call_release gives back what was imported, after a failure too. */
+int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+int fc_call_check_device(const fc_call *call, fc_array *array);
+/* The problem's batch and batch strides, and how many calls of the library the rest of the batches takes. */
+int64_t fc_call_fold(fc_call *call);
+void fc_call_release(fc_call *call);
+
+/* attention() and, below torch's dispatcher, forward(), which gives (out, lse). */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
+PyObject *fc_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 
@@ -203,5 +256,16 @@ int fc_load_tuned(fc_state *state, const fc_attention_problem *problem);
 int fc_add_choices(PyObject *dict, const fc_attention_problem *problem, const fc_plan *plan);
 PyObject *fc_py_add_tuned(PyObject *module, PyObject *args);
 PyObject *fc_py_clear_tuned(PyObject *module, PyObject *unused);
+
+/* autograd.c */
+bool fc_torch_is_direct(const fc_call *call);
+PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse);
+PyObject *fc_py_node_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
+PyObject *fc_torch_call(fc_state *state, const char *function, PyObject *const *args, Py_ssize_t num_args,
+                        PyObject *keyword_names);
+int fc_torch_autocast(fc_call *call);
+
+/* backward.c */
+PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num_args);
 
 #endif /* FC_BINDING_H */

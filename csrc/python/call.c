@@ -4,26 +4,13 @@
  * There is no Python frame between the caller and the kernel: arguments are read straight from the vector call
  * (arguments.c), arrays are imported in place, the result is made by the query's own allocator, and the GIL is released
  * around the kernel. The rules on shapes and options live in the C library (check.c); what stands here is what only
- * Python can say.
+ * Python can say. Calls of torch tensors that torch must see take the ways of autograd.c.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "binding.h"
-
-typedef struct fc_call {
-    fc_state *state;
-    fc_arguments arguments;
-    fc_array arrays[FC_NUM_OPERANDS];
-    bool has[FC_NUM_OPERANDS];
-    bool any_torch;
-    bool has_stream; /* the call's: the stream that the kernel runs on */
-    void *stream;
-    fc_geometry geometry;
-    fc_batches batches;
-    fc_attention_problem problem;
-} fc_call;
 
 static const struct {
     enum fc_operand operand;
@@ -34,7 +21,7 @@ static const struct {
 };
 enum { NUM_INPUTS = sizeof inputs / sizeof inputs[0] };
 
-static fc_tensor *tensor_of(fc_attention_problem *problem, enum fc_operand operand)
+fc_tensor *fc_tensor_of(fc_attention_problem *problem, enum fc_operand operand)
 {
     fc_tensor *const tensors[FC_NUM_OPERANDS] = {
         [FC_QUERY] = &problem->query, [FC_KEY] = &problem->key,
@@ -45,7 +32,7 @@ static fc_tensor *tensor_of(fc_attention_problem *problem, enum fc_operand opera
     return tensors[operand];
 }
 
-static int raise_status(fc_status status)
+int fc_raise_status(fc_status status)
 {
     PyObject *exception = status == FC_INVALID         ? PyExc_ValueError
                           : status == FC_UNSUPPORTED   ? PyExc_NotImplementedError
@@ -108,19 +95,48 @@ static int find_stream(fc_call *call, const fc_kind *kind)
                       &call->stream);
 }
 
+/* The dispatcher makes a tensor, so the query must be one. */
+static int check_dispatch(const fc_call *call, const char *name)
+{
+    fc_kind kind;
+    if (fc_kind_of(call->state, call->arguments.given[FC_ARG_QUERY], &kind) != 0) return -1;
+    if (kind.is_torch) return 0;
+    PyErr_Format(
+        PyExc_NotImplementedError,
+        "%s is a tensor that torch's dispatcher must see (a subclass, a lazy view, or a torch mode or transform "
+        "is active), but query is no torch tensor; pass query as one",
+        name);
+    return -1;
+}
+
+static int refuse_gradient_of_slopes(void)
+{
+    PyErr_SetString(PyExc_NotImplementedError,
+                    "alibi_slopes requires a gradient, and flashcore computes none: slopes are constants to it; pass "
+                    "alibi_slopes.detach(), or give the slopes' term as an attn_mask, which has a gradient");
+    return -1;
+}
+
 static int import_one(fc_call *call, enum fc_operand operand, const char *name, PyObject *object)
 {
     fc_kind kind;
     if (fc_kind_of(call->state, object, &kind) != 0) return -1;
-    if (kind.is_torch) {
-        if (!call->any_torch && fc_torch_check_modes(call->state) != 0) return -1;
-        call->any_torch = true;
-        if (fc_torch_check_tensor(call->state, name, object) != 0) return -1;
+    if (kind.is_torch && !call->below_dispatcher) {
+        bool wants_gradient = false;
+        if (!call->any_torch && fc_torch_check_modes(call->state, &call->modes) != 0) return -1;
+        if (fc_torch_check_tensor(call->state, name, object, &kind, &wants_gradient, &call->modes) != 0) return -1;
+        if (call->modes.dispatch) return check_dispatch(call, name);
+        if (wants_gradient && call->gradient_of == NULL) call->gradient_of = name;
+        if (wants_gradient && operand == FC_ALIBI) return refuse_gradient_of_slopes();
     }
+    call->any_torch |= kind.is_torch;
     bool asks_stream = kind.protocol == FC_BY_DLPACK || kind.protocol == FC_BY_CAI;
     if (operand == FC_QUERY && asks_stream && find_stream(call, &kind) != 0) return -1;
     fc_array *array = &call->arrays[operand];
-    if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0) return -1;
+    if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0)
+        if (!kind.is_torch || call->below_dispatcher || fc_torch_import_failed(name, object, &call->modes) != 0)
+            return -1;
+    if (call->modes.dispatch) return check_dispatch(call, name);
     call->has[operand] = true;
     if (operand == FC_QUERY && !asks_stream && call->arguments.given[FC_ARG_STREAM] != NULL)
         return refuse_stream(call, array->device_type == FC_CPU);
@@ -139,28 +155,44 @@ static void format_device(char *text, size_t size, const fc_array *array)
         snprintf(text, size, "cuda:%d", array->device_id);
 }
 
-/* All on one device; a CUDA array interface does not say which GPU, so its pointer is asked. */
-static int check_devices(fc_call *call)
+/* The query's device; a CUDA array interface does not say which GPU, so its pointer is asked. */
+int fc_call_check_device(const fc_call *call, fc_array *array)
 {
-    fc_array *query = &call->arrays[FC_QUERY];
-    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) {
-        fc_array *array = &call->arrays[operand];
-        if (!call->has[operand]) continue;
-        if (array->device_id < 0) {
-            fc_status status = fc_pointer_device(array->data, &array->device_id);
-            if (status != FC_OK) return raise_status(status);
-        }
-        if (array->device_type == query->device_type && array->device_id == query->device_id) continue;
-        char ours[32], theirs[32];
-        format_device(ours, sizeof ours, query);
-        format_device(theirs, sizeof theirs, array);
-        PyErr_Format(PyExc_ValueError, "query is on %s and %s on %s; all arrays must be on one device", ours,
-                     array->name, theirs);
-        return -1;
+    const fc_array *query = &call->arrays[FC_QUERY];
+    if (array->device_id < 0) {
+        fc_status status = fc_pointer_device(array->data, &array->device_id);
+        if (status != FC_OK) return fc_raise_status(status);
     }
-    call->problem.device_type = query->device_type;
-    call->problem.device_id = query->device_id;
-    return 0;
+    if (array->device_type == query->device_type && array->device_id == query->device_id) return 0;
+    char ours[32], theirs[32];
+    format_device(ours, sizeof ours, query);
+    format_device(theirs, sizeof theirs, array);
+    PyErr_Format(PyExc_ValueError, "query is on %s and %s on %s; all arrays must be on one device", ours, array->name,
+                 theirs);
+    return -1;
+}
+
+static int check_gradient(const fc_call *call)
+{
+    const char *name = call->gradient_of;
+    if (call->has[FC_OUT])
+        PyErr_Format(PyExc_ValueError,
+                     "out is given and %s requires a gradient, which a result written to out= cannot carry; leave out= "
+                     "away, or pass %s.detach() or call under torch.no_grad()",
+                     name, name);
+    else if (!call->arrays[FC_QUERY].kind.is_torch)
+        PyErr_Format(PyExc_ValueError,
+                     "%s requires a gradient, but query is no torch tensor, so neither is the result, which could not "
+                     "carry it; pass query as a tensor, or %s.detach()",
+                     name, name);
+    else if (call->problem.device_type == FC_CUDA)
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s requires a gradient, and flashcore %s computes gradients on the CPU alone, not on a GPU yet; "
+                     "call under torch.no_grad(), or pass %s.detach() to cut it off",
+                     name, fc_version(), name);
+    else
+        return 0;
+    return -1;
 }
 
 /* Producers on other streams: their work before ours, or (after the launch) ours before what they do next. */
@@ -172,13 +204,12 @@ static int order_streams(fc_call *call, bool before)
         if (!call->has[operand] || !array->has_stream || array->stream == call->stream) continue;
         fc_status status = before ? fc_stream_order(call->problem.device_id, array->stream, call->stream)
                                   : fc_stream_order(call->problem.device_id, call->stream, array->stream);
-        if (status != FC_OK) return raise_status(status);
+        if (status != FC_OK) return fc_raise_status(status);
     }
     return 0;
 }
 
-/* Arguments to a problem, all but the outputs. */
-static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
 {
     call->problem.struct_size = sizeof call->problem;
     if (fc_arguments_read(call->state, args, num_args, keyword_names, &call->arguments, &call->problem) != 0) return -1;
@@ -186,7 +217,9 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
         PyObject *object = call->arguments.given[inputs[i].argument];
         if (object != NULL && import_one(call, inputs[i].operand, fc_argument_names[inputs[i].argument], object) != 0)
             return -1;
+        if (call->modes.dispatch) return 0;
     }
+    if (call->modes.autocast && fc_torch_autocast(call) != 0) return -1;
     fc_geometry *g = &call->geometry;
     if (fc_geometry_of(&call->arrays[FC_QUERY], &call->arrays[FC_KEY], &call->arrays[FC_VALUE],
                        call->arguments.heads_inside, g) != 0)
@@ -194,14 +227,19 @@ static int prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, Py
     for (int i = 0; i < NUM_INPUTS; i++) {
         enum fc_operand operand = inputs[i].operand;
         if (call->has[operand] &&
-            fc_place(g, operand, &call->arrays[operand], tensor_of(&call->problem, operand), &call->batches) != 0)
+            fc_place(g, operand, &call->arrays[operand], fc_tensor_of(&call->problem, operand), &call->batches) != 0)
             return -1;
     }
     if (call->arguments.given[FC_ARG_OUT] != NULL &&
         import_one(call, FC_OUT, "out", call->arguments.given[FC_ARG_OUT]) != 0)
         return -1;
-    if (check_devices(call) != 0) return -1;
+    if (call->modes.dispatch) return 0;
+    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
+        if (call->has[operand] && fc_call_check_device(call, &call->arrays[operand]) != 0) return -1;
     fc_attention_problem *p = &call->problem;
+    p->device_type = call->arrays[FC_QUERY].device_type;
+    p->device_id = call->arrays[FC_QUERY].device_id;
+    if (call->gradient_of != NULL && check_gradient(call) != 0) return -1;
     p->num_heads_q = g->num_heads_q;
     p->num_heads_kv = g->num_heads_kv;
     p->seqlen_q = g->seqlen_q;
@@ -270,7 +308,7 @@ static int make_result(fc_call *call, enum fc_operand operand, fc_result *result
             return -1;
         call->has[operand] = true;
     }
-    return fc_place(g, operand, &call->arrays[operand], tensor_of(&call->problem, operand), &call->batches);
+    return fc_place(g, operand, &call->arrays[operand], fc_tensor_of(&call->problem, operand), &call->batches);
 }
 
 /* Takes a result's object for the caller: a new reference. */
@@ -318,49 +356,48 @@ static void step_to(fc_call *call, const fc_tensor first[FC_NUM_OPERANDS], int n
             offset += rest % call->batches.shape[i] * call->batches.strides[operand][i];
             rest /= call->batches.shape[i];
         }
-        tensor_of(&call->problem, operand)->data =
+        fc_tensor_of(&call->problem, operand)->data =
             (char *)first[operand].data + offset * fc_dtype_size(first[operand].dtype);
     }
 }
 
-/* Folds the batches, and runs once, or once for each batch of the dimensions that did not fold. */
-static int fold(fc_call *call, int64_t *num_calls)
+/* Folds the batches; the library runs once, or once for each batch of the dimensions that did not fold. */
+int64_t fc_call_fold(fc_call *call)
 {
     fc_batches *b = &call->batches;
-    *num_calls = 1;
     call->problem.batch = 1;
     for (int i = 0; i < b->ndim; i++)
         if (b->shape[i] == 0) { /* nothing to compute; the checks still run */
             call->problem.batch = 0;
-            return 0;
+            return 1;
         }
     for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
         if (!call->has[operand]) memset(b->strides[operand], 0, (size_t)b->ndim * sizeof b->strides[operand][0]);
     fc_fold(b);
-    if (b->ndim == 0) return 0;
+    if (b->ndim == 0) return 1;
     int last = b->ndim - 1;
     call->problem.batch = b->shape[last];
     for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
-        tensor_of(&call->problem, operand)->strides[0] = call->has[operand] ? b->strides[operand][last] : 0;
-    for (int i = 0; i < last; i++) *num_calls *= b->shape[i];
-    return 0;
+        fc_tensor_of(&call->problem, operand)->strides[0] = call->has[operand] ? b->strides[operand][last] : 0;
+    int64_t num_calls = 1;
+    for (int i = 0; i < last; i++) num_calls *= b->shape[i];
+    return num_calls;
 }
 
 static int run(fc_call *call)
 {
     fc_attention_problem *problem = &call->problem;
-    int64_t num_calls;
+    int64_t num_calls = fc_call_fold(call);
     fc_plan plan = {.struct_size = sizeof plan};
-    if (fold(call, &num_calls) != 0) return -1;
     if (problem->device_type == FC_CUDA) {
         fc_status status = fc_attention_plan(problem, NULL, &plan);
-        if (status != FC_OK) return raise_status(status);
+        if (status != FC_OK) return fc_raise_status(status);
         if (plan.slow != 0 && report_slow(call->state, problem, &plan) != 0) return -1;
         if (order_streams(call, true) != 0) return -1;
     }
     fc_tensor first[FC_NUM_OPERANDS];
     if (num_calls > 1)
-        for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) first[operand] = *tensor_of(problem, operand);
+        for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) first[operand] = *fc_tensor_of(problem, operand);
 
     void *workspace = NULL;
     fc_status status = FC_OK;
@@ -373,31 +410,49 @@ static int run(fc_call *call)
     if (workspace != NULL && fc_free(problem->device_type, problem->device_id, workspace, call->stream) != FC_OK &&
         status == FC_OK)
         status = FC_CUDA_ERROR;
-    Py_END_ALLOW_THREADS if (status != FC_OK) return raise_status(status);
+    Py_END_ALLOW_THREADS if (status != FC_OK) return fc_raise_status(status);
     return order_streams(call, false);
 }
 
-static void release(fc_call *call)
+void fc_call_release(fc_call *call)
 {
-    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
+    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) {
         if (call->has[operand]) fc_array_release(&call->arrays[operand]);
+        Py_XDECREF(call->casts[operand]);
+    }
 }
 
-PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
+                        bool below_dispatcher)
 {
     fc_call call;
     memset(&call, 0, offsetof(fc_call, arrays));
     memset(&call.has, 0, sizeof call - offsetof(fc_call, has));
     call.state = PyModule_GetState(module);
+    call.below_dispatcher = below_dispatcher;
     fc_result out = {NULL, NULL}, lse = {NULL, NULL};
     PyObject *returned = NULL;
 
-    if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (fc_call_prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (call.modes.dispatch) {
+        returned = fc_torch_call(call.state, "attention", args, num_args, keyword_names);
+        goto done;
+    }
+    bool differentiable = call.gradient_of != NULL;
+    if (differentiable && !fc_torch_is_direct(&call)) {
+        returned = fc_torch_call(call.state, "fold_and_call", args, num_args, keyword_names);
+        goto done;
+    }
+    bool wants_lse = call.arguments.return_lse || differentiable || below_dispatcher;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
-    if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
+    if (wants_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (run(&call) != 0) goto done;
+    if (differentiable) {
+        returned = fc_torch_node(&call, out.object, lse.object);
+        goto done;
+    }
     returned = finish_result(&out);
-    if (call.arguments.return_lse && returned != NULL) {
+    if (wants_lse && returned != NULL) {
         PyObject *second = finish_result(&lse);
         PyObject *pair = second == NULL ? NULL : PyTuple_Pack(2, returned, second);
         Py_XDECREF(second);
@@ -405,12 +460,22 @@ PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t nu
         returned = pair;
     }
 done:
-    release(&call);
+    fc_call_release(&call);
     Py_XDECREF(out.object);
     Py_XDECREF(out.finish);
     Py_XDECREF(lse.object);
     Py_XDECREF(lse.finish);
     return returned;
+}
+
+PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    return attend(module, args, num_args, keyword_names, false);
+}
+
+PyObject *fc_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    return attend(module, args, num_args, keyword_names, true);
 }
 
 /* Describes an output that is not made, as a row-major array of its shape. */
@@ -428,8 +493,17 @@ static void imagine_result(fc_call *call, enum fc_operand operand)
         array->strides[i] = step;
         step *= array->shape[i] > 0 ? array->shape[i] : 1;
     }
-    fc_place(g, operand, array, tensor_of(&call->problem, operand), &call->batches);
+    fc_place(g, operand, array, fc_tensor_of(&call->problem, operand), &call->batches);
     call->has[operand] = true;
+}
+
+static void refuse_dispatch(const char *who)
+{
+    PyErr_Format(
+        PyExc_NotImplementedError,
+        "%s reads shapes and strides of plain tensors, and here torch's dispatcher must see the call (a tensor "
+        "subclass or lazy view, or a torch mode or transform is active); call outside",
+        who);
 }
 
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
@@ -438,19 +512,22 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     memset(&call, 0, sizeof call);
     call.state = PyModule_GetState(module);
     PyObject *returned = NULL;
-    if (prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (fc_call_prepare(&call, args, num_args, keyword_names) != 0) goto done;
+    if (call.modes.dispatch) {
+        refuse_dispatch("explain()");
+        goto done;
+    }
     if (call.has[FC_OUT] && check_out(&call) != 0) goto done;
     if (call.has[FC_OUT])
         fc_place(&call.geometry, FC_OUT, &call.arrays[FC_OUT], &call.problem.out, &call.batches);
     else
         imagine_result(&call, FC_OUT);
     if (call.arguments.return_lse) imagine_result(&call, FC_LSE);
-    int64_t num_calls;
-    if (fold(&call, &num_calls) != 0) goto done;
+    int64_t num_calls = fc_call_fold(&call);
     fc_plan plan = {.struct_size = sizeof plan};
     fc_status status = fc_attention_plan(&call.problem, NULL, &plan);
     if (status != FC_OK) {
-        raise_status(status);
+        fc_raise_status(status);
         goto done;
     }
     char text[512];
@@ -462,7 +539,7 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
                       "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
     if (returned != NULL && fc_add_choices(returned, &call.problem, &plan) != 0) Py_CLEAR(returned);
 done:
-    release(&call);
+    fc_call_release(&call);
     return returned;
 }
 
@@ -471,17 +548,17 @@ static int measure(fc_call *call, int32_t num_calls, double *microseconds)
 {
     fc_attention_problem *problem = &call->problem;
     fc_plan plan = {.struct_size = sizeof plan};
-    int64_t ignored;
-    if (fold(call, &ignored) != 0 || order_streams(call, true) != 0) return -1;
+    fc_call_fold(call);
+    if (order_streams(call, true) != 0) return -1;
     fc_status status = fc_attention_plan(problem, NULL, &plan);
-    if (status != FC_OK) return raise_status(status);
+    if (status != FC_OK) return fc_raise_status(status);
     void *workspace = NULL;
     Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
         fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
     if (status == FC_OK)
         status = fc_attention_measure(problem, workspace, plan.workspace_bytes, call->stream, num_calls, microseconds);
     if (workspace != NULL) fc_free(problem->device_type, problem->device_id, workspace, call->stream);
-    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : raise_status(status);
+    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
 /* measure(kernel, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
@@ -505,14 +582,18 @@ PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_
     fc_result out = {NULL, NULL}, lse = {NULL, NULL};
     double microseconds;
     PyObject *returned = NULL;
-    if (prepare(&call, args + OWN, num_args - OWN, keyword_names) != 0) goto done;
+    if (fc_call_prepare(&call, args + OWN, num_args - OWN, keyword_names) != 0) goto done;
+    if (call.modes.dispatch) {
+        refuse_dispatch("measure()");
+        goto done;
+    }
     call.problem.kernel = kernel;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (measure(&call, (int32_t)num_calls, &microseconds) != 0) goto done;
     returned = PyFloat_FromDouble(microseconds);
 done:
-    release(&call);
+    fc_call_release(&call);
     Py_XDECREF(out.object);
     Py_XDECREF(out.finish);
     Py_XDECREF(lse.object);

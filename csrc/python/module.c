@@ -61,11 +61,13 @@ PyDoc_STRVAR(
     "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
     "a pair.\n"
     "    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
+    "    Of CPU torch tensors that require grad, it carries gradients: to query, key, value, a float attn_mask, "
+    "sinks.\n"
     "\n"
     "Raises:\n"
     "    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not "
     "fit.\n"
-    "    NotImplementedError: legal, but not served here or not yet (gradients, autocast, dropout).\n"
+    "    NotImplementedError: legal, but not served here or not yet (gradients on a GPU, dropout).\n"
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
 PyDoc_STRVAR(measure_doc,
@@ -78,6 +80,28 @@ PyDoc_STRVAR(add_tuned_doc,
 
 PyDoc_STRVAR(plan_doc,
              "plan(*args, **kwargs)\n--\n\nWhat attention(...) would run, as a dict; flashcore.explain dresses it.\n");
+
+PyDoc_STRVAR(forward_doc,
+             "forward(*args, **kwargs)\n--\n\n"
+             "attention(..., return_lse=True) for kernels of torch's dispatcher, which has looked at modes, gradients\n"
+             "and subclasses already: tensors are taken as the memory they are.\n");
+
+PyDoc_STRVAR(
+    backward_doc,
+    "backward(saved, dout, dlse, wanted, options, /)\n--\n\n"
+    "Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).\n"
+    "\n"
+    "saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's\n"
+    "results; dout and dlse (or None) are the gradients of these. wanted begins with a bool for each of the\n"
+    "first six, and so does the result with its gradient, None where not wanted (nobody may want alibi_slopes').\n"
+    "A gradient has its input's shape, dtype and, for torch tensors, order in memory. One batch dimension at\n"
+    "most, which query, key and value share. On the CPU.\n"
+    "\n"
+    "Raises what attention(...) would raise, and ValueError for arrays that do not fit it.\n");
+
+PyDoc_STRVAR(node_backward_doc,
+             "node_backward(ctx, *grad_outputs)\n--\n\n"
+             "The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse.\n");
 
 /* Names of the kernels of this build, in the planner's order. */
 static PyObject *kernels(PyObject *module, PyObject *unused)
@@ -127,6 +151,9 @@ static PyObject *cuda_devices(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))fc_py_attention, METH_FASTCALL | METH_KEYWORDS, attention_doc},
     {"plan", (PyCFunction)(void (*)(void))fc_py_plan, METH_FASTCALL | METH_KEYWORDS, plan_doc},
+    {"backward", (PyCFunction)(void (*)(void))fc_py_backward, METH_FASTCALL, backward_doc},
+    {"forward", (PyCFunction)(void (*)(void))fc_py_forward, METH_FASTCALL | METH_KEYWORDS, forward_doc},
+    {"node_backward", (PyCFunction)(void (*)(void))fc_py_node_backward, METH_FASTCALL, node_backward_doc},
     {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},

@@ -77,16 +77,8 @@ int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind)
 
     *kind = (fc_kind){.type = type};
     if (is_torch_tensor(state, object, &kind->is_torch) != 0) return -1;
-    if (kind->is_torch && (PyObject *)type != state->torch.tensor_type &&
-        (PyObject *)type != state->torch.parameter_type) {
-        PyObject *name = PyType_GetQualName(type);
-        PyErr_Format(PyExc_NotImplementedError,
-                     "a torch.Tensor subclass, %U, may redefine what its data means; pass a plain tensor, such as "
-                     "tensor.as_subclass(torch.Tensor)",
-                     name);
-        Py_XDECREF(name);
-        return -1;
-    }
+    kind->is_subclass = kind->is_torch && (PyObject *)type != state->torch.tensor_type &&
+                        (PyObject *)type != state->torch.parameter_type;
     if (find_exchange_api(type, &kind->api) != 0) return -1;
     if (kind->api != NULL) {
         kind->protocol = FC_BY_EXCHANGE;

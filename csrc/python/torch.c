@@ -3,7 +3,8 @@
  *
  * DLPack's C exchange API hands over pointers and nothing else: it would drop gradients, ignore a sign bit, and pass by
  * autocast, tracing, modes and functorch. So each tensor and the mode stacks are looked at first, through torch's
- * own C functions (about 0.5 us for a call), and what is not a plain eager call on plain tensors is refused in words.
+ * own C functions (about 0.5 us for a call). What is not a plain eager call on plain tensors takes a way that torch
+ * sees (autograd.c), or is refused in words.
  */
 #include "binding.h"
 
@@ -34,15 +35,23 @@ int fc_torch_load(fc_state *state, PyObject *torch)
         {&state->torch.function_modes, "_C", "_len_torch_function_stack", NULL, false},
         {&state->torch.dispatch_modes, "_C", "_len_torch_dispatch_stack", NULL, false},
         {&state->torch.functorch_level, "_C", "_functorch", "maybe_current_level", true},
+        {&state->torch.is_legacy_batched, "_C", "_functorch", "is_legacy_batchedtensor", true},
         {&state->torch.tracing_state, "_C", "_get_tracing_state", NULL, false},
         {&state->torch.forward_ad, "autograd", "forward_ad", NULL, true},
         {&state->torch.get_num_threads, "get_num_threads", NULL, NULL, false},
+        {&state->torch.empty_like, "empty_like", NULL, NULL, false},
+        {&state->torch.is_autocast_enabled, "is_autocast_enabled", NULL, NULL, false},
+        {&state->torch.get_autocast_dtype, "get_autocast_dtype", NULL, NULL, true},
         {&state->torch.tensor_type, "Tensor", NULL, NULL, false}, /* last: it says that all is loaded */
     };
     state->torch.name_requires_grad = PyUnicode_InternFromString("requires_grad");
     state->torch.name_is_neg = PyUnicode_InternFromString("is_neg");
     state->torch.name_layout = PyUnicode_InternFromString("layout");
     state->torch.name_current_level = PyUnicode_InternFromString("_current_level");
+    state->torch.name_dtype = PyUnicode_InternFromString("dtype");
+    state->torch.name_saved_tensors = PyUnicode_InternFromString("saved_tensors");
+    state->torch.name_needs_input_grad = PyUnicode_InternFromString("needs_input_grad");
+    state->torch.name_options = PyUnicode_InternFromString("options");
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
         if (*wanted[i].into != NULL) continue;
         PyObject *found = attribute_path(torch, wanted[i].a, wanted[i].b, wanted[i].c);
@@ -89,32 +98,31 @@ static int has_tangent(fc_state *state, PyObject *tensor)
     return truth;
 }
 
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
+                          bool *wants_gradient, fc_torch_modes *modes)
 {
     PyObject *layout = PyObject_GetAttr(tensor, state->torch.name_layout);
     if (layout == NULL) return -1;
     bool strided = layout == state->torch.strided;
     if (!strided)
-        PyErr_Format(PyExc_NotImplementedError, "%s has layout %R; allowed: torch.strided. Call .to_dense() first",
-                     name, layout);
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s has layout %R; allowed: torch.strided. Call .to_dense(), or pad a nested tensor, first", name,
+                     layout);
     Py_DECREF(layout);
     if (!strided) return -1;
+    if (kind->is_subclass) {
+        modes->dispatch = true;
+        return 0;
+    }
 
     PyObject *requires_grad = PyObject_GetAttr(tensor, state->torch.name_requires_grad);
     if (requires_grad == NULL) return -1;
-    bool wants_gradient = requires_grad == Py_True;
+    *wants_gradient = requires_grad == Py_True;
     Py_DECREF(requires_grad);
-    if (wants_gradient) {
+    if (*wants_gradient) {
         int enabled = is_true(state->torch.is_grad_enabled);
         if (enabled < 0) return -1;
-        if (enabled) {
-            PyErr_Format(
-                PyExc_NotImplementedError,
-                "%s requires a gradient, and flashcore %s computes none yet; call under torch.no_grad(), or pass "
-                "%s.detach() to cut it off",
-                name, fc_version(), name);
-            return -1;
-        }
+        *wants_gradient = enabled;
     }
 
     int tangent = has_tangent(state, tensor);
@@ -128,67 +136,96 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor)
 
     PyObject *is_neg = PyObject_CallMethodObjArgs(tensor, state->torch.name_is_neg, NULL);
     if (is_neg == NULL) return -1;
-    bool negative = is_neg == Py_True;
+    if (is_neg == Py_True) modes->dispatch = true; /* -x, by a bit that DLPack does not carry */
     Py_DECREF(is_neg);
-    if (negative) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s is a lazily negated view (the imaginary part of a conjugate, say); pass %s.resolve_neg()",
-                     name, name);
-        return -1;
-    }
     return 0;
 }
 
 /* A torch function mode is usually set_default_device, which changes nothing for existing tensors. */
-static int check_function_modes(fc_state *state)
+static int has_function_mode(fc_state *state)
 {
+    int active = is_true(state->torch.function_modes);
+    if (active <= 0) return active;
     PyObject *function = fc_interop(state, "torch_function_modes_are_harmless");
     if (function == NULL) return -1;
     int harmless = is_true(function);
     Py_DECREF(function);
-    return harmless;
+    return harmless < 0 ? -1 : !harmless;
 }
 
-int fc_torch_check_modes(fc_state *state)
+int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes)
 {
     int active = is_true(state->torch.is_any_autocast_enabled);
     if (active < 0) return -1;
-    if (active) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "torch.autocast is active, and flashcore %s does not cast for it yet; cast query, key and value "
-                     "to one dtype and "
-                     "call under torch.autocast(device_type, enabled=False)",
-                     fc_version());
-        return -1;
-    }
-    active = is_true(state->torch.function_modes);
-    if (active > 0) {
-        int harmless = check_function_modes(state);
-        active = harmless < 0 ? -1 : !harmless;
-    }
+    modes->autocast = active;
+    active = has_function_mode(state);
     if (active == 0) active = is_true(state->torch.dispatch_modes);
+    if (active == 0) active = is_true(state->torch.functorch_level);
+    if (active == 0) active = is_true(state->torch.tracing_state);
     if (active < 0) return -1;
-    if (active) {
-        PyErr_SetString(PyExc_NotImplementedError, "a torch function or dispatch mode is active (FakeTensorMode, a "
-                                                   "profiler of operators, say) and would not see "
-                                                   "this call; leave the mode around it");
-        return -1;
-    }
-    active = state->torch.functorch_level == NULL ? 0 : is_true(state->torch.functorch_level);
-    if (active < 0) return -1;
-    if (active) {
-        PyErr_SetString(PyExc_NotImplementedError, "a torch.func transform (vmap, grad) is active; attention takes any "
-                                                   "leading batch dimensions, so call it outside");
-        return -1;
-    }
-    active = is_true(state->torch.tracing_state);
-    if (active < 0) return -1;
-    if (active) {
-        PyErr_SetString(PyExc_NotImplementedError,
-                        "torch.jit.trace is active and would record this call's result as a constant");
-        return -1;
-    }
+    modes->dispatch = active;
     return 0;
+}
+
+int fc_torch_is_legacy_batched(fc_state *state, PyObject *tensor)
+{
+    if (state->torch.is_legacy_batched == NULL || tensor == Py_None) return 0;
+    PyObject *answer = PyObject_CallFunctionObjArgs(state->torch.is_legacy_batched, tensor, NULL);
+    if (answer == NULL) return -1;
+    bool batched = answer == Py_True;
+    Py_DECREF(answer);
+    return batched;
+}
+
+int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count)
+{
+    fc_torch_modes modes = {0};
+    if (fc_torch_check_modes(state, &modes) != 0) return -1;
+    for (int i = 0; i < count && !modes.dispatch; i++) {
+        fc_kind kind;
+        bool wants_gradient;
+        if (tensors[i] == Py_None) continue;
+        if (fc_kind_of(state, tensors[i], &kind) != 0) return -1;
+        if (fc_torch_check_tensor(state, "a gradient", tensors[i], &kind, &wants_gradient, &modes) != 0) return -1;
+    }
+    return !modes.dispatch;
+}
+
+int fc_torch_grad_enabled(fc_state *state)
+{
+    return is_true(state->torch.is_grad_enabled);
+}
+
+static bool is_truly(PyObject *tensor, const char *attribute)
+{
+    PyObject *value = PyObject_GetAttrString(tensor, attribute);
+    bool is_true = value == Py_True;
+    PyErr_Clear();
+    Py_XDECREF(value);
+    return is_true;
+}
+
+/* A tensor on the meta device has no data, and the dispatcher knows its way. A nested tensor of the older kind calls
+ * itself strided, and says no more than that it has no sizes. */
+int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    bool is_meta = is_truly(tensor, "is_meta"), is_nested = is_truly(tensor, "is_nested");
+    if (!is_meta && !is_nested) {
+        PyErr_Restore(type, value, traceback);
+        return -1;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    if (is_meta) {
+        modes->dispatch = true;
+        return 0;
+    }
+    PyErr_Format(PyExc_NotImplementedError,
+                 "%s is a nested tensor; pad it, with nested.to_padded_tensor(0.0), and mask the rest", name);
+    return -1;
 }
 
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads)
@@ -200,4 +237,13 @@ int fc_torch_num_threads(fc_state *state, int32_t *num_threads)
     if (number == -1 && PyErr_Occurred()) return -1;
     *num_threads = number < 1 ? 0 : (int32_t)number;
     return 0;
+}
+
+PyObject *fc_torch_integration(fc_state *state, const char *function)
+{
+    if (state->torch.integration == NULL) { /* torch is imported by now: it made a tensor */
+        state->torch.integration = PyImport_ImportModule("flashcore.torch._call");
+        if (state->torch.integration == NULL) return NULL;
+    }
+    return PyObject_GetAttrString(state->torch.integration, function);
 }
