@@ -223,7 +223,7 @@ class Variant:
     @property
     def name(self) -> str:
         op = "" if self.op == "forward" else f"{self.op}_"
-        return f"{self.family}_{op}{self.dtype}_d{self.head_dim}_{self.mask}"
+        return f"{self.family}_{op}{self.dtype}_d{self.head_dim}_{self.mask}_{self.block_m}x{self.block_n}"
 
     def serves(self, arch: str) -> bool:
         """Is a row for its arch to be compiled for this target? '90a' means that one alone."""

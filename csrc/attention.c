@@ -127,11 +127,11 @@ int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_d
 
 static fc_status run_cpu(const fc_forward_args *args, const fc_plan *plan)
 {
-    switch (fc_kernels[plan->kernel].arch[0]) {
+    switch (fc_kernels[plan->kernel].arch) {
 #if defined(__x86_64__)
-    case '2':
+    case 2:
         return fc_cpu_forward_avx512(args, plan);
-    case '1':
+    case 1:
         return fc_cpu_forward_avx2(args, plan);
 #endif
     default:
@@ -141,11 +141,11 @@ static fc_status run_cpu(const fc_forward_args *args, const fc_plan *plan)
 
 static fc_status run_cpu_backward(const fc_backward_args *args, const fc_plan *plan, void *workspace)
 {
-    switch (fc_kernels[plan->kernel].arch[0]) {
+    switch (fc_kernels[plan->kernel].arch) {
 #if defined(__x86_64__)
-    case '2':
+    case 2:
         return fc_cpu_backward_avx512(args, plan, workspace);
-    case '1':
+    case 1:
         return fc_cpu_backward_avx2(args, plan, workspace);
 #endif
     default:

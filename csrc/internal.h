@@ -42,17 +42,21 @@ fc_status fc_check_backward(const fc_backward_problem *given, bool need_data, fc
                             fc_attention_problem *forward, fc_backward_args *args);
 
 /* plan.c: pure. */
+enum fc_family { fc_family_cpu, fc_family_portable, fc_family_hopper, fc_family_hopper_short };
+enum fc_mask_class { fc_mask_any, fc_mask_full, fc_mask_band, fc_mask_general };
 typedef struct fc_kernel {
-    const char *name;             /* "portable_float16_d64_any", "cpu_avx2" */
+    const char *name;             /* "portable_float16_d64_any_64x64", "cpu_avx2" */
     const char *family;           /* "portable", "cpu" */
     fc_forward_launcher launcher; /* CUDA; NULL for CPU kernels */
     int32_t device_type;
     int32_t dtype;    /* FC_NONE: every dtype */
     int32_t head_dim; /* the largest it serves */
     int32_t block_m, block_n, threads;
-    const char *arch; /* CUDA: least compute capability, "75", or "90a": that one alone; CPU: least isa */
-    const char *mask; /* "any", "full", "band", "general" */
+    int32_t arch; /* CUDA: least compute capability, 75; FC_EXACTLY + 90: that one alone; CPU: least isa */
+    enum fc_family family_id;
+    enum fc_mask_class mask;
 } fc_kernel;
+#define FC_EXACTLY 1000
 extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
 /* preferred: a kernel to take where it is usable, before any other; -1: none. */
@@ -78,9 +82,16 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
 bool fc_hopper_reads(const fc_forward_args *args);
 /* Words for it, to stand behind a sentence; "" where it does. */
 const char *fc_hopper_reads_what(const fc_forward_args *args);
-/* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. */
-void fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
-                           fc_plan *plan);
+/* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. Returns an estimate in cycles, to compare
+ * with that of another kernel for the same problem. */
+double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
+                             fc_plan *plan);
+double fc_hopper_weight(const fc_kernel *kernel); /* of a row and key of this head_dim; 1: of 64 */
+
+/* plan_hopper_short.c: the same, for kernels that keep a head's keys in shared memory; and num_splits. */
+bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel);
+double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
+                                   fc_plan *plan);
 
 /* tuned.c */
 uint64_t fc_class_of(const fc_forward_args *args);

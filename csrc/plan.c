@@ -2,10 +2,12 @@
  * plan.c - everything that is a choice, and nothing else decides: problem + device facts -> plan.
  *
  * Pure: it reads no clock, no environment and no device; facts come in as a struct, so every decision is
- * tested without a GPU. A kernel is a row of the table below (CUDA rows come from kernels/variants.def); the
- * first row that serves the problem is taken, so faster families stand before slower ones.
+ * tested without a GPU. A kernel is a row of the table below (CUDA rows come from kernels/variants.def). Of Hopper's
+ * rows that serve the problem, the one with the least estimated time is taken; else the first that serves, so faster
+ * families stand before slower ones.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,22 +20,24 @@
 #endif
 
 #define CPU_KERNEL(name, isa)                                                                                          \
-    {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, "any"}
+    {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, fc_family_cpu, fc_mask_any}
 
-/* Lets the table below turn the dtype column of variants.def into the enum. */
+/* Let the table below turn columns of variants.def into numbers. */
 enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
+enum { arch_75 = 75, arch_90a = FC_EXACTLY + 90 };
 
 const fc_kernel fc_kernels[] = {
 #if defined(__x86_64__)
-    CPU_KERNEL("avx512", "2"),
-    CPU_KERNEL("avx2", "1"),
+    CPU_KERNEL("avx512", 2),
+    CPU_KERNEL("avx2", 1),
 #endif
-    CPU_KERNEL("baseline", "0"),
+    CPU_KERNEL("baseline", 0),
 #ifdef FC_WITH_CUDA
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    FC_IF_BUILT_##arch({#family "_" #dtype "_d" #head_dim "_" #mask, #family,                                          \
-                        fc_##family##_forward_##dtype##_d##head_dim##_##mask, FC_CUDA, dtype_##dtype, head_dim,        \
-                        block_m, block_n, threads, #arch, #mask}, )
+    FC_IF_BUILT_##arch({#family "_" #dtype "_d" #head_dim "_" #mask "_" #block_m "x" #block_n, #family,                \
+                        fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, FC_CUDA,         \
+                        dtype_##dtype, head_dim, block_m, block_n, threads, arch_##arch, fc_family_##family,           \
+                        fc_mask_##mask}, )
 #include "variants.def"
 #endif
 };
@@ -56,20 +60,27 @@ const char *fc_cuda_archs(void)
 
 /* Which masks a problem needs: full, band (causal, window), or general for everything else. The fast kernels compare
  * scores before they scale them, which a scale of zero or below would turn round. */
-static const char *mask_class(const fc_forward_args *args)
+static enum fc_mask_class mask_class(const fc_forward_args *args)
 {
     bool options = args->softcap != 0 || args->attn_mask.dtype != FC_NONE || args->alibi_slopes.dtype != FC_NONE ||
                    args->sinks.dtype != FC_NONE;
-    if (options || !((float)args->scale > 0)) return "general";
+    if (options || !((float)args->scale > 0)) return fc_mask_general;
     bool open = args->band_left <= -args->seqlen_q + 1 && args->band_right >= args->seqlen_k - 1;
-    return open ? "full" : "band";
+    return open ? fc_mask_full : fc_mask_band;
+}
+
+static const char *mask_name(const fc_forward_args *args)
+{
+    static const char *const names[] = {"any", "full", "band", "general"};
+    return names[mask_class(args)];
 }
 
 /* Is there code in this build that a device of this capability can run for a row of this arch? */
-static bool is_built_for(const char *row_arch, int32_t capability)
+static bool is_built_for(int32_t arch, int32_t capability)
 {
-    int32_t row = (int32_t)strtol(row_arch, NULL, 10);
-    bool exact = row_arch[strlen(row_arch) - 1] == 'a';
+    bool exact = arch >= FC_EXACTLY;
+    int32_t row = exact ? arch - FC_EXACTLY : arch;
+    if (exact && row != capability) return false;
     for (const char *next = FC_CUDA_ARCHS; *next != '\0'; next += strcspn(next, " "), next += strspn(next, " ")) {
         char *end;
         int32_t built = (int32_t)strtol(next, &end, 10);
@@ -92,7 +103,7 @@ bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced)
 bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device)
 {
     if (kernel->device_type != device->type) return false;
-    return device->type == FC_CPU ? device->isa >= strtol(kernel->arch, NULL, 10)
+    return device->type == FC_CPU ? device->isa >= kernel->arch
                                   : is_built_for(kernel->arch, device->compute_capability);
 }
 
@@ -109,20 +120,35 @@ static int64_t num_tiles(const fc_forward_args *args, const fc_kernel *kernel)
     return args->batch * heads * ((rows + kernel->block_m - 1) / kernel->block_m);
 }
 
+static bool is_of_hopper(const fc_kernel *kernel)
+{
+    return kernel->family_id >= fc_family_hopper;
+}
+
 static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args)
 {
     if (kernel->dtype != FC_NONE && kernel->dtype != args->query.dtype) return false;
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
-    if (strcmp(kernel->mask, "any") != 0 && strcmp(kernel->mask, mask_class(args)) != 0) return false;
-    return strcmp(kernel->family, "hopper") != 0 || (fc_hopper_reads(args) && num_tiles(args, kernel) <= INT32_MAX);
+    if (kernel->mask != fc_mask_any && kernel->mask != mask_class(args)) return false;
+    if (!is_of_hopper(kernel)) return true;
+    if (!fc_hopper_reads(args) || num_tiles(args, kernel) > INT32_MAX / 8) return false;
+    return kernel->family_id == fc_family_hopper || fc_hopper_short_serves(args, kernel);
 }
 
 void fc_append(char *list, size_t size, const char *item)
 {
-    size_t used = strlen(list);
-    if (strstr(list, item) == NULL) snprintf(list + used, size - used, "%s%s", used ? ", " : "", item);
+    size_t used = strlen(list), length = strlen(item);
+    for (const char *at = list; (at = strstr(at, item)) != NULL; at++)
+        if ((at == list || at[-1] == ' ') && (at[length] == ',' || at[length] == '\0')) return;
+    snprintf(list + used, size - used, "%s%s", used ? ", " : "", item);
+}
+
+/* What a caller may force: on the CPU each kernel, on a GPU, where rows are many, each family. */
+static void append_choice(char *list, size_t size, const fc_kernel *kernel)
+{
+    fc_append(list, size, kernel->device_type == FC_CPU ? kernel->name : kernel->family);
 }
 
 /* No row serves: says which condition failed last, and what is there. */
@@ -146,7 +172,7 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                        FC_CUDA_ARCHS[0] ? FC_CUDA_ARCHS : "no GPU", device->compute_capability);
     if (!any_forced) {
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (fc_kernel_runs_on(&fc_kernels[i], device)) fc_append(there, sizeof there, fc_kernels[i].name);
+            if (fc_kernel_runs_on(&fc_kernels[i], device)) append_choice(there, sizeof there, &fc_kernels[i]);
         return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s",
                        p->kernel, where, there);
     }
@@ -175,7 +201,7 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
     }
     for (int32_t i = 0; i < fc_num_kernels; i++)
         if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], p->kernel))
-            fc_append(there, sizeof there, fc_kernels[i].name);
+            append_choice(there, sizeof there, &fc_kernels[i]);
     return fc_fail(FC_UNSUPPORTED,
                    "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s%s",
                    where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
@@ -214,9 +240,28 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
                          const fc_device *device)
 {
-    const fc_kernel *row = &fc_kernels[kernel]; /* numbers before words: most rows are of another dtype or head_dim */
+    const fc_kernel *row = &fc_kernels[kernel];
     return row->device_type == device->type && serves(row, problem, args) && fc_kernel_runs_on(row, device) &&
            fc_kernel_is_named(row, problem->kernel);
+}
+
+/* The plan for one kernel. Returns an estimate of its time in cycles; of those that have none, infinity. */
+static double plan_blocks(const fc_forward_args *args, int32_t index, const fc_device *device, fc_plan *plan)
+{
+    const fc_kernel *kernel = &fc_kernels[index];
+    memset(plan, 0, sizeof *plan);
+    plan->struct_size = sizeof *plan;
+    plan->kernel = index;
+    plan->block_m = kernel->block_m;
+    plan->block_n = kernel->block_n;
+    plan->num_splits = 1;
+    plan->grid = num_tiles(args, kernel);
+    if (device->type == FC_CPU) return INFINITY;
+    /* of one grid; a block takes more in turn */
+    plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
+    if (!is_of_hopper(kernel) || plan->grid == 0) return INFINITY;
+    return kernel->family_id == fc_family_hopper ? fc_hopper_plan_blocks(args, kernel, device, plan)
+                                                 : fc_hopper_short_plan_blocks(args, kernel, device, plan);
 }
 
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
@@ -225,31 +270,32 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     if (device->type != problem->device_type)
         return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
                        problem->device_type, device->type);
-    int32_t chosen = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device) ? preferred : -1;
-    for (int32_t i = 0; i < fc_num_kernels && chosen < 0; i++)
-        if (fc_kernel_is_usable(i, problem, args, device)) chosen = i;
-    if (chosen < 0) return refuse(problem, args, device);
-
-    const fc_kernel *kernel = &fc_kernels[chosen];
-    memset(plan, 0, sizeof *plan);
-    plan->struct_size = sizeof *plan;
-    plan->kernel = chosen;
-    plan->block_m = kernel->block_m;
-    plan->block_n = kernel->block_n;
-    plan->num_splits = 1;
-    plan->grid = num_tiles(args, kernel);
-    if (device->type == FC_CUDA) {
-        /* of one grid; a block takes more in turn */
-        plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
-        if (strcmp(kernel->family, "hopper") == 0 && plan->grid > 0) fc_hopper_plan_blocks(args, kernel, device, plan);
+    bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device);
+    int32_t chosen = is_told ? preferred : -1;
+    double least = 0;
+    if (is_told) plan_blocks(args, preferred, device, plan);
+    for (int32_t i = 0; i < fc_num_kernels && !is_told; i++) {
+        if (chosen >= 0 && fc_kernels[i].head_dim > fc_kernels[chosen].head_dim && is_of_hopper(&fc_kernels[i]))
+            continue; /* pads more */
+        if (!fc_kernel_is_usable(i, problem, args, device)) continue;
+        fc_plan its_plan;
+        double cycles = plan_blocks(args, i, device, &its_plan);
+        if (chosen < 0 || cycles < least) {
+            chosen = i;
+            least = cycles;
+            *plan = its_plan;
+        }
+        if (!is_of_hopper(&fc_kernels[i])) break; /* the first; those behind it are slower */
     }
+    if (chosen < 0) return refuse(problem, args, device);
+    const fc_kernel *kernel = &fc_kernels[chosen];
     plan->num_threads = device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->grid) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
     if (device->type == FC_CUDA && problem->kernel == NULL && chosen != preferred &&
-        strcmp(kernel->family, "portable") == 0)
+        kernel->family_id == fc_family_portable)
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (strcmp(fc_kernels[i].family, "portable") != 0 && fc_kernel_runs_on(&fc_kernels[i], device))
+            if (fc_kernels[i].family_id != fc_family_portable && fc_kernel_runs_on(&fc_kernels[i], device))
                 plan->slow |= FC_SLOW_NO_FAST_KERNEL;
     return FC_OK;
 }
@@ -276,11 +322,12 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
         snprintf(why, sizeof why, "it was measured to be the fastest here (flashcore.autotune)");
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
         snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here%s",
-                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args),
+                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_name(args),
                  device->compute_capability == 90 && args->query.dtype != FC_FLOAT32 ? fc_hopper_reads_what(args) : "");
     else
-        snprintf(why, sizeof why, "it is the first that serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
-                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_class(args));
+        snprintf(why, sizeof why, "%s serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
+                 is_of_hopper(kernel) ? "it is estimated the fastest that" : "it is the first that",
+                 fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_name(args));
     return snprintf(buffer, size,
                     "%s on %s: %" PRId64 " tiles of %d query rows by %d keys, %d key split%s, %" PRIu64
                     " bytes of workspace; chosen because %s.",

@@ -13,7 +13,7 @@
 
 /* How a kernel does the backward. */
 struct backward_half {
-    const char *name; /* the kernel's */
+    const char *name; /* the kernel's begins so; its tile may be another */
     fc_backward_launcher launcher;
     int32_t block_m, block_n, threads;
 };
@@ -22,8 +22,9 @@ static const struct backward_half cpu_half = {"cpu", NULL, FC_CPU_BACKWARD_BLOCK
 static const struct backward_half cuda_halves[] = {
 #ifdef FC_WITH_CUDA
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
-    FC_IF_BUILT_##arch({#family "_" #dtype "_d" #head_dim "_" #mask,                                                   \
-                        fc_##family##_backward_##dtype##_d##head_dim##_##mask, block_m, block_n, threads}, )
+    FC_IF_BUILT_##arch({#family "_" #dtype "_d" #head_dim "_" #mask "_",                                               \
+                        fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, block_m,        \
+                        block_n, threads}, )
 #include "variants.def"
 #endif
     {NULL, NULL, 0, 0, 0},
@@ -33,7 +34,8 @@ static const struct backward_half cuda_halves[] = {
 static const struct backward_half *half_of(const fc_kernel *kernel)
 {
     const struct backward_half *half = kernel->device_type == FC_CPU ? &cpu_half : cuda_halves;
-    while (half != &cpu_half && half->name != NULL && strcmp(half->name, kernel->name) != 0) half++;
+    while (half != &cpu_half && half->name != NULL && strncmp(half->name, kernel->name, strlen(half->name)) != 0)
+        half++;
     return half->name == NULL ? NULL : half;
 }
 

@@ -52,8 +52,8 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 /* The portable backward's workspace, for each row of each query head. */
 #define FC_PORTABLE_BACKWARD_ROW_BYTES 16
 
-/* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>, one per row of variants.def, or _backward_.
- */
+/* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of
+ * variants.def, or _backward_. */
 #if defined(__GNUC__)
 #pragma GCC visibility push(hidden)
 #endif
@@ -66,11 +66,11 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 #define FC_IF_BUILT_90a(...)
 #endif
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    FC_IF_BUILT_##arch(int fc_##family##_forward_##dtype##_d##head_dim##_##mask(const fc_forward_args *,               \
-                                                                                const fc_plan *, void *, void *);)
+    FC_IF_BUILT_##arch(int fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n(               \
+                           const fc_forward_args *, const fc_plan *, void *, void *);)
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
-    FC_IF_BUILT_##arch(int fc_##family##_backward_##dtype##_d##head_dim##_##mask(const fc_backward_args *,             \
-                                                                                 const fc_plan *, void *, void *);)
+    FC_IF_BUILT_##arch(int fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n(              \
+                           const fc_backward_args *, const fc_plan *, void *, void *);)
 #include "variants.def"
 #endif
 #if defined(__GNUC__)

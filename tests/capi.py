@@ -133,7 +133,9 @@ def tensor(array: Any) -> Tensor:
     if isinstance(array, np.ndarray):
         data, dtype, strides = array.ctypes.data, array.dtype.name, [x // array.itemsize for x in array.strides]
     else:
-        data, dtype, strides = array.data_ptr(), str(array.dtype).removeprefix("torch."), array.stride()
+        # Not data_ptr(), which is 0 where a broadcast leaves no elements.
+        data = array.untyped_storage().data_ptr() + array.storage_offset() * array.element_size()
+        dtype, strides = str(array.dtype).removeprefix("torch."), array.stride()
     return Tensor(data, (ctypes.c_int64 * 4)(*strides, *[0] * (4 - array.ndim)), DTYPES[dtype], 0)
 
 
@@ -282,7 +284,7 @@ def backward(made: BackwardProblem, workspace: Array | None = None) -> int:
         data, size = (workspace.ctypes.data, workspace.nbytes) if workspace is not None else (None, 0)
         return int(library().fc_attention_backward(ctypes.byref(made), data, size, None))
     size = planned.workspace_bytes
-    if made.forward.contents.device_type == CUDA:
+    if getattr(made, "known", made).forward.contents.device_type == CUDA:  # a newer struct begins with the known one
         import torch
 
         buffer: Any = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device="cuda")

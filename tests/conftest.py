@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the oracle's matrix products: as many threads as workers is enough
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
 import pytest
 from devices import Kernel, may_refuse
 from hypothesis import settings

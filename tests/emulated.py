@@ -40,12 +40,21 @@ def build(folder: Path, family: str) -> Any:
         if values[0] != family:
             continue
         op = "backward" if backward else "forward"
-        name = "_".join([op, *values[:4]])
+        name = "_".join([op, *values[:6]])
         # A namespace of its own, since all rows have functions of the same names.
         defines = [f"-D{key}={value}" for key, value in zip(COLUMNS, values, strict=False)] + [f"-Dfc=fc_{name}"]
         jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / f"kernels/{family}/{op}.cu"), *defines, name])
     jobs.append(["g++", "-std=c++17", str(ROOT / "tests/emulator/emulator.cpp"), "emulator"])
-    for name in ("check", "check_backward", "plan", "plan_backward", "plan_hopper", "error", "cpu/backward_layout"):
+    for name in (
+        "check",
+        "check_backward",
+        "plan",
+        "plan_backward",
+        "plan_hopper",
+        "plan_hopper_short",
+        "error",
+        "cpu/backward_layout",
+    ):
         jobs.append(["gcc", "-std=c11", "-D_GNU_SOURCE", str(ROOT / f"csrc/{name}.c"), Path(name).name])
 
     def run(job: list[str]) -> str:
@@ -75,10 +84,11 @@ def attention(
     layout: str = "bhsd",
     num_sms: int = 3,
     kernel: bytes = b"hopper",
+    num_splits: list[int] | None = None,
     **options: Any,
 ) -> tuple[Array, Array] | None:
     """Out and lse, NaN where nothing was written; None where no row of the family serves. options: attention()'s. Few
-    multiprocessors make many tiles for each."""
+    multiprocessors make many tiles for each. num_splits: takes the plan's."""
     if layout == "bshd":
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
@@ -86,9 +96,13 @@ def attention(
     problem = capi.problem(query, key, value, out, lse=lse, kernel=kernel)
     problem.device_type = capi.CUDA
     capi.set_options(problem, options)
-    status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(capi.gpu_device(90, num_sms)))
+    plan = capi.Plan(struct_size=ctypes.sizeof(capi.Plan))
+    device = capi.gpu_device(90, num_sms)
+    status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(plan))
     if status == capi.UNSUPPORTED:
         return None
+    if num_splits is not None:
+        num_splits.append(plan.num_splits)
     assert status == capi.OK, f"status {status}: a block is stuck" if status < 0 else f"status {status}"
     return (out.swapaxes(1, 2) if layout == "bshd" else out), lse
 

@@ -11,9 +11,30 @@
 
 namespace fc {
 
-/* KERNEL: void (Params), its Params a __grid_constant__. blocks: 0 to 2^31 - 1. */
+struct launch_shape {
+    int64_t blocks; /* 0 to 2^31 - 1 */
+    int threads;
+    int smem_bytes, most_smem_bytes; /* of this launch, and of any of this kernel */
+    int cluster = 1;                 /* consecutive blocks that reach each other's shared memory */
+    /* The kernel may be set up while the one before it still runs, and waits for that one's end itself. */
+    bool is_dependent = false;
+};
+
+/* A kernel's parameters lie in memory, and each 64 bytes of them cost their first reader some 200 cycles: one thread
+ * reads a word of each, all under way at once. What comes of them goes to `sink`, in shared memory, or else the
+ * assembler drops the reads. */
+template <class Params>
+static __device__ __forceinline__ void prefetch_params(const Params &params, volatile uint32_t &sink)
+{
+    uint32_t all = 0;
+#pragma unroll
+    for (size_t i = 0; i < sizeof params; i += 64) all ^= *(const uint32_t *)((const char *)&params + i);
+    sink = all;
+}
+
+/* KERNEL: void (Params), its Params a __grid_constant__. */
 template <auto KERNEL, class Params>
-static cudaError_t launch(int64_t blocks, int threads, int smem_bytes, void *stream, const Params &params)
+static cudaError_t launch(const launch_shape &shape, void *stream, const Params &params)
 {
     /* Once per device (twice in a race does no harm): a block may pass 48 KiB of shared memory, and what is L1 or
      * shared goes to shared, so that as many blocks fit as were planned for. */
@@ -23,18 +44,30 @@ static cudaError_t launch(int64_t blocks, int threads, int smem_bytes, void *str
     if (error != cudaSuccess) return error;
     const uint64_t bit = device < 64 ? (uint64_t)1 << device : 0;
     if (!(devices_ready.load(std::memory_order_relaxed) & bit)) {
-        error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+        error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.most_smem_bytes);
         if (error != cudaSuccess) return error;
         error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout,
                                      cudaSharedmemCarveoutMaxShared);
         if (error != cudaSuccess) return error;
         devices_ready.fetch_or(bit, std::memory_order_relaxed);
     }
+    cudaLaunchAttribute attributes[2] = {};
+    int count = 0;
+    if (shape.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {(unsigned)shape.cluster, 1, 1};
+    }
+    if (shape.is_dependent) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = (size_t)smem_bytes;
+    config.gridDim = dim3((unsigned)shape.blocks);
+    config.blockDim = dim3((unsigned)shape.threads);
+    config.dynamicSmemBytes = (size_t)shape.smem_bytes;
     config.stream = (cudaStream_t)stream;
+    config.attrs = attributes;
+    config.numAttrs = (unsigned)count;
     return cudaLaunchKernelEx(&config, KERNEL, params);
 }
 

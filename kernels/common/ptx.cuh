@@ -41,9 +41,15 @@ static __device__ __forceinline__ uint32_t cvt_rn_bf16x2(float high, float low)
 /*
  * ---- sm_90: barriers in shared memory, the copy engine (TMA), register shares ----
  *
- * Shared memory is addressed by its 32-bit address in the block's own window (shared_address below).
+ * Shared memory is addressed by its 32-bit address in the block's own window (shared_address below); what the launch
+ * asked for begins at dynamic_shared().
  */
 
+static __device__ __forceinline__ unsigned char *dynamic_shared()
+{
+    extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+    return dynamic_smem;
+}
 static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 {
     return (uint32_t)__cvta_generic_to_shared(pointer);
@@ -98,6 +104,54 @@ static __device__ __forceinline__ void cp_async_bulk_tensor(uint32_t target, con
 static __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Clusters: the address of block `rank`'s variable, from that of one's own; a store to such an address that reports its
+ * 16 bytes to a barrier of the same block; and a barrier of all threads of all blocks, which orders no memory. */
+static __device__ __forceinline__ uint32_t mapa(uint32_t address, int rank)
+{
+    uint32_t d;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(address), "r"(rank));
+    return d;
+}
+static __device__ __forceinline__ void st_async(uint32_t address, uint32_t barrier, float x, float y, float z, float w)
+{
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+        "r"(barrier), "f"(x), "f"(y), "f"(z), "f"(w)
+        : "memory");
+}
+static __device__ __forceinline__ void barrier_cluster_arrive_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void barrier_cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* True in one lane of the warp, of which the compiler knows that it is one. */
+static __device__ __forceinline__ bool elect_sync()
+{
+    uint32_t elected;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(elected));
+    return elected != 0;
+}
+
+/* Dependent launch: this block no longer keeps the next kernel from being set up; and: waits for the end of the kernels
+ * that this one depends on, whose writes it then sees. */
+static __device__ __forceinline__ void griddepcontrol_launch_dependents()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+static __device__ __forceinline__ void griddepcontrol_wait()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 /* A warpgroup's share of the block's registers, per thread. All its warps call it, at one place. */

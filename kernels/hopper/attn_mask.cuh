@@ -48,20 +48,38 @@ __device__ __forceinline__ uint32_t own_columns(uint32_t columns, int t)
     return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xff;
 }
 
+/* What a thread's two rows of a tile of the output see of the mask, one tile of keys after another. */
 template <class T> struct attn_mask_tile {
     uint32_t visible[2];        /* a bit for each of a row's BLOCK_N / 4 numbers */
     uint32_t bias[BLOCK_N / 4]; /* pairs, in the layout of s; of a mask of dtype T only */
 
-    /* Begins to load a tile; resolve() ends it. row: this thread's first; key: the tile's first. */
-    __device__ __forceinline__ void fetch(const fc_tensor &mask, const schedule &all, int batch, int head, int row,
-                                          int key)
+    /* row: this thread's first. A row beyond the last is read as the last: what it gives is of no use to anybody. */
+    __device__ __forceinline__ attn_mask_tile(const fc_tensor &mask, const schedule &all, const tile_work &work,
+                                              int row)
+        : mask(mask), seqlen_k(all.seqlen_k)
     {
-        if (!is_wide(mask, all, key)) return;
-        const int bytes = mask.dtype == FC_BOOL ? 1 : 2, t = threadIdx.x % 4;
+        visible[0] = visible[1] = 0xffffffffu;
+        if (mask.dtype == FC_NONE) return;
+        const int bytes = mask.dtype == FC_BOOL ? 1 : mask.dtype == FC_FLOAT32 ? 4 : 2;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            rows[r] = (const uint8_t *)mask.data +
+                      row_offset(mask, work.batch, work.head, min(row + 8 * r, all.seqlen_q - 1)) * bytes;
+        /* Pieces of 16 bytes of a row; of float32, pairs. */
+        const int piece = mask.dtype == FC_FLOAT32 ? 8 : 16;
+        const int64_t offsets = (mask.strides[0] | mask.strides[1] | mask.strides[2]) * bytes | (intptr_t)mask.data;
+        rows_are_wide =
+            mask.strides[3] == 1 && (offsets & (piece - 1)) == 0 && (mask.dtype != FC_BOOL || BLOCK_N >= 64);
+    }
+
+    /* Begins to load a tile, whose first key is `key`; resolve() ends it. */
+    __device__ __forceinline__ void fetch(int key)
+    {
+        if (mask.dtype == FC_NONE || mask.dtype == FC_FLOAT32 || !is_wide(key)) return;
+        const int bytes = mask.dtype == FC_BOOL ? 1 : 2;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int64_t offset = row_offset(mask, batch, head, min(row + 8 * r, all.seqlen_q - 1)) + key;
-            const uint8_t *at = (const uint8_t *)mask.data + offset * bytes + 16 * t;
+            const uint8_t *at = rows[r] + key * bytes + threadIdx.x % 4 * 16;
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 32; i++) {
                 if (mask.dtype == FC_BOOL && i >= BLOCK_N / 64) break;
@@ -73,38 +91,36 @@ template <class T> struct attn_mask_tile {
     }
 
     /* Returns whether this thread sees any of the tile. */
-    __device__ __forceinline__ bool resolve(const fc_tensor &mask, const schedule &all, int batch, int head, int row,
-                                            int key)
+    __device__ __forceinline__ bool resolve(int key)
     {
-        visible[0] = visible[1] = 0xffffffffu;
         if (mask.dtype == FC_NONE) return true;
-        const bool wide = is_wide(mask, all, key);
+        const bool wide = is_wide(key);
         if (mask.dtype == FC_FLOAT32) {
-            find_visible<float32>(mask, all, batch, head, row, key);
+            visible[0] = visible[1] = 0;
+            each_float<4>(key, [&](int r, int c, float x) { visible[r] |= (uint32_t)shows<float32>(x) << c; });
         } else if (mask.dtype == FC_BOOL && wide) {
             resolve_bool();
         } else if (mask.dtype == FC_BOOL) {
-            find_visible<boolean>(mask, all, batch, head, row, key);
+            visible[0] = visible[1] = 0;
+            each<boolean, 4>(key, [&](int r, int c, float x) { visible[r] |= (uint32_t)shows<boolean>(x) << c; });
         } else {
             if (wide) {
                 trade_pairs();
             } else {
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 4; i++) bias[i] = 0;
-                each<raw>(mask, all, batch, head, row, key,
-                          [&](int r, int c, uint16_t x) { bias[2 * (c / 2) + r] |= (uint32_t)x << 16 * (c % 2); });
+                each<raw>(key, [&](int r, int c, uint16_t x) { bias[2 * (c / 2) + r] |= (uint32_t)x << 16 * (c % 2); });
             }
             bool sees_any = false; /* where it sees some, the sums are -inf where they should */
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 4; i++) sees_any |= !is_hidden_pair<T>(bias[i]);
-            if (!sees_any) visible[0] = visible[1] = 0;
+            visible[0] = visible[1] = sees_any ? 0xffffffffu : 0;
         }
-        return visible[0] != 0 || visible[1] != 0;
+        return (visible[0] | visible[1]) != 0;
     }
 
     /* s in natural units = unit * s + the mask, where it is of floats; visible tells the rest. */
-    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, const fc_tensor &mask, const schedule &all,
-                                        int batch, int head, int row, int key) const
+    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, int key) const
     {
         if (mask.dtype == T::dtype) {
 #pragma unroll
@@ -115,33 +131,27 @@ template <class T> struct attn_mask_tile {
         } else {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= unit;
-            if (mask.dtype != FC_FLOAT32) return;
-            each<float32>(mask, all, batch, head, row, key,
-                          [&](int r, int c, float x) { s[4 * (c / 2) + 2 * r + c % 2] += x; });
+            if (mask.dtype == FC_FLOAT32)
+                each_float<BLOCK_N / 4>(key, [&](int r, int c, float x) { s[4 * (c / 2) + 2 * r + c % 2] += x; });
         }
     }
 
   private:
-    /* Can rows be read 16 bytes at a time? */
-    static __device__ __forceinline__ bool is_wide(const fc_tensor &mask, const schedule &all, int key)
-    {
-        if (mask.dtype == FC_NONE || mask.dtype == FC_FLOAT32 || (mask.dtype == FC_BOOL && BLOCK_N < 64)) return false;
-        const int64_t offsets = mask.strides[0] | mask.strides[1] | mask.strides[2];
-        return mask.strides[3] == 1 && key + BLOCK_N <= all.seqlen_k && (uintptr_t)mask.data % 16 == 0 &&
-               offsets % (mask.dtype == FC_BOOL ? 16 : 8) == 0;
-    }
+    const fc_tensor &mask;
+    const int seqlen_k;
+    const uint8_t *rows[2]; /* element 0 */
+    bool rows_are_wide;
 
-    /* Calls use(r, c, number) for each of this thread's numbers that lies before the end of the keys. A row beyond the
-     * last is read as the last: what it gives is of no use to anybody. */
-    template <class M, int UNROLL = BLOCK_N / 4, class Use>
-    static __device__ __forceinline__ void each(const fc_tensor &mask, const schedule &all, int batch, int head,
-                                                int row, int key, Use use)
+    /* Can this tile's part of the rows be read in pieces? */
+    __device__ __forceinline__ bool is_wide(int key) const { return rows_are_wide && key + BLOCK_N <= seqlen_k; }
+
+    /* Calls use(r, c, number) for each of this thread's numbers that lies before the end of the keys. */
+    template <class M, int UNROLL = BLOCK_N / 4, class Use> __device__ __forceinline__ void each(int key, Use use) const
     {
-        const int first = key + threadIdx.x % 4 * 2, keys = all.seqlen_k - first;
+        const int first = key + threadIdx.x % 4 * 2, keys = seqlen_k - first;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const auto *at = row_of<const typename M::element>(mask, batch, head, min(row + 8 * r, all.seqlen_q - 1)) +
-                             first * mask.strides[3];
+            const auto *at = (const typename M::element *)rows[r] + first * mask.strides[3];
 #pragma unroll UNROLL
             for (int c = 0; c < BLOCK_N / 4; c++) {
                 const int column = 8 * (c / 2) + c % 2;
@@ -149,15 +159,19 @@ template <class T> struct attn_mask_tile {
             }
         }
     }
-
-    template <class M>
-    __device__ __forceinline__ void find_visible(const fc_tensor &mask, const schedule &all, int batch, int head,
-                                                 int row, int key)
+    template <int UNROLL, class Use> __device__ __forceinline__ void each_float(int key, Use use) const
     {
-        visible[0] = visible[1] = 0;
-        each<M, 4>(mask, all, batch, head, row, key, [&](int r, int c, float x) {
-            if (shows<M>(x)) visible[r] |= 1u << c;
-        });
+        if (!is_wide(key)) return each<float32, UNROLL>(key, use);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const auto *at = (const float2 *)rows[r] + key / 2 + threadIdx.x % 4;
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 8; i++) {
+                const float2 pair = at[4 * i];
+                use(r, 2 * i, pair.x);
+                use(r, 2 * i + 1, pair.y);
+            }
+        }
     }
 
     /* From the 16 bytes of each lane to the bits of its columns: lane t holds bytes 64 i + 16 t of a row. */

@@ -4,6 +4,8 @@
  * In a wgmma result a row's neighbours lie two by two in the four lanes of a quad. The quad trades them, so that each
  * lane gets eight in a row, which one 16-byte store writes: nothing passes through shared memory, and
  * nothing waits. Where out's strides forbid such a store, each lane writes its own elements.
+ *
+ * In two steps, because the sums are known while the last product still runs: out_rows(), then write() and write_lse().
  */
 #ifndef FC_HOPPER_OUT_CUH
 #define FC_HOPPER_OUT_CUH
@@ -17,58 +19,89 @@
 
 namespace fc {
 
-/* row: of this thread's first one. out: not yet divided by the sums. */
-template <class T>
-__device__ __forceinline__ void write_out(float (&out)[HEAD_DIM / 2], const online_softmax &softmax, float unit_log2,
-                                          const fc_forward_args &args, const tile_work &work, int row)
-{
+/* A thread's two rows, g and g + 8. */
+template <class T> struct out_rows {
     using element = typename T::element;
-    const int lane = threadIdx.x % 4;
-    const fc_tensor &to = args.out;
-    const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
-    const bool eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
+    element *at[2];
+    float max[2], sum[2];     /* of the exponentials, in natural units, with the sink's */
+    float factor[2];          /* what out is multiplied by */
+    bool exists[2], shows[2]; /* in the array; any keys: or else 0 is written */
+
+    out_rows() = default;
+
+    /* unit: of the scores, in natural ones. row: of this thread's first one. */
+    __device__ __forceinline__ out_rows(const online_softmax &softmax, float unit, const fc_forward_args &args,
+                                        const tile_work &work, int row)
+    {
 #pragma unroll
-    for (int r = 0; r < 2; r++, row += 8) {
-        float max = softmax.reference[r] * (unit_log2 / LOG2_E), shrink = 1; /* in natural units */
-        float sum = quad_sum(softmax.sum[r]);
-        const bool saw_none = sum == 0;
+        for (int r = 0; r < 2; r++) {
+            max[r] = softmax.reference[r] * unit; /* in natural units */
+            sum[r] = quad_sum(softmax.sum[r]);
+            factor[r] = 1;
+            exists[r] = row + 8 * r < args.seqlen_q;
+            shows[r] = sum[r] != 0;
+            at[r] = row_of<element>(args.out, work.batch, work.head, row + 8 * r);
+        }
         if (MASK == mask_class::general && args.sinks.dtype != FC_NONE) {
             const float sink = head_value<T>(args.sinks, work.batch, work.head);
-            const float new_max = fmaxf(max, sink), finite = new_max == -INFINITY ? 0.0f : new_max;
-            shrink = ex2_approx_ftz((max - finite) * LOG2_E);
-            sum = sum * shrink + ex2_approx_ftz((sink - finite) * LOG2_E);
-            max = new_max;
-        }
-        if (row < args.seqlen_q && lane == 0 && args.lse.dtype != FC_NONE)
-            *row_of<float>(args.lse, work.batch, work.head, row) = sum == 0 ? -INFINITY : max + logf(sum);
-
-        const float factor = shrink * rcp_approx_ftz(sum);
-        uint32_t pairs[HEAD_DIM / 8];
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; i++)
-            pairs[i] = pack<T>(out[4 * i + 2 * r] * factor, out[4 * i + 2 * r + 1] * factor);
-        if (__any_sync(0xffffffffu, saw_none)) { /* 0 / 0, or a hidden NaN */
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 8; i++) pairs[i] = saw_none ? 0 : pairs[i];
-        }
-        element *out_row = row_of<element>(to, work.batch, work.head, row);
-        if (eights) {
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) {
-                const uint4 eight = quad_transpose(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
-                const int column = 32 * i + 8 * lane;
-                if (row < args.seqlen_q && column < args.head_dim_v) *(uint4 *)(out_row + column) = eight;
+            for (int r = 0; r < 2; r++) {
+                const float new_max = fmaxf(max[r], sink), finite = new_max == -INFINITY ? 0.0f : new_max;
+                factor[r] = ex2_approx_ftz((max[r] - finite) * LOG2_E);
+                sum[r] = sum[r] * factor[r] + ex2_approx_ftz((sink - finite) * LOG2_E);
+                max[r] = new_max;
             }
-        } else if (row < args.seqlen_q) {
+        }
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 8; i++) {
-                const int column = 8 * i + 2 * lane;
-                if (column < args.head_dim_v) out_row[column * to.strides[3]] = (element)pairs[i];
-                if (column + 1 < args.head_dim_v) out_row[(column + 1) * to.strides[3]] = (element)(pairs[i] >> 16);
+        for (int r = 0; r < 2; r++) factor[r] *= rcp_approx_ftz(sum[r]);
+    }
+
+    __device__ __forceinline__ void write_lse(const fc_forward_args &args, const tile_work &work, int row) const
+    {
+        if (args.lse.dtype == FC_NONE || threadIdx.x % 4 != 0) return;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (exists[r])
+                *row_of<float>(args.lse, work.batch, work.head, row + 8 * r) =
+                    sum[r] == 0 ? -INFINITY : max[r] + logf(sum[r]);
+    }
+
+    __device__ __forceinline__ void write(const float (&out)[HEAD_DIM / 2], const fc_forward_args &args) const
+    {
+        const int lane = threadIdx.x % 4;
+        const fc_tensor &to = args.out;
+        const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
+        const bool eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
+        const bool any_hidden = __any_sync(0xffffffffu, !shows[0] || !shows[1]);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            uint32_t pairs[HEAD_DIM / 8];
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 8; i++)
+                pairs[i] = pack<T>(out[4 * i + 2 * r] * factor[r], out[4 * i + 2 * r + 1] * factor[r]);
+            if (any_hidden) { /* 0 / 0, or a hidden NaN */
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 8; i++) pairs[i] = shows[r] ? pairs[i] : 0;
+            }
+            if (eights) {
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 32; i++) {
+                    const uint4 eight =
+                        quad_transpose(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+                    const int column = 32 * i + 8 * lane;
+                    if (exists[r] && column < args.head_dim_v) *(uint4 *)(at[r] + column) = eight;
+                }
+            } else if (exists[r]) {
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 8; i++) {
+                    const int column = 8 * i + 2 * lane;
+                    if (column < args.head_dim_v) at[r][column * to.strides[3]] = (element)pairs[i];
+                    if (column + 1 < args.head_dim_v) at[r][(column + 1) * to.strides[3]] = (element)(pairs[i] >> 16);
+                }
             }
         }
     }
-}
+};
 
 } // namespace fc
 

@@ -54,7 +54,6 @@ struct schedule {
         band_right = clamp(args.band_right);
     }
 
-  private:
     static int clamp(int64_t x)
     {
         const int64_t most = (int64_t)1 << 30;
@@ -67,12 +66,10 @@ struct tile_work {
     int first, end;                /* tiles of BLOCK_N keys first .. end - 1 hold all that they see */
 };
 
-__device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, tile_work &work)
+/* Which rows tile number `tile` has, and which tiles of keys they see. */
+__device__ __forceinline__ tile_work find_work(const schedule &all, uint32_t tile)
 {
-    const uint32_t place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const uint32_t tile = turn++ * gridDim.x + place;
-    if (tile >= all.num_tiles) return false; /* at the end, the assembler no longer sees that a warp's lanes agree */
-
+    tile_work work;
     const uint32_t group = min(all.by_group_tiles.divide(tile), all.num_groups - 1);
     const uint32_t in_group = tile - group * all.group_tiles;
     const bool last = group + 1 == all.num_groups;
@@ -92,6 +89,15 @@ __device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, t
     }
     work.first = first_key / BLOCK_N;
     work.end = end_key > first_key ? (end_key + BLOCK_N - 1) / BLOCK_N : work.first;
+    return work;
+}
+
+__device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, tile_work &work)
+{
+    const uint32_t place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const uint32_t tile = turn++ * gridDim.x + place;
+    if (tile >= all.num_tiles) return false; /* at the end, the assembler no longer sees that a warp's lanes agree */
+    work = find_work(all, tile);
     return true;
 }
 

@@ -9,6 +9,9 @@
  * row takes it from a few scores of the first tile it sees, and weighs each tile by it at once; only where the
  * tile's own sum says that some score passed the reference by far is its maximum looked for, out rescaled and the tile
  * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
+ *
+ * General calls take the classical step always: a bias often leaves a row one key, whose weight must then be 1 to the
+ * last bit, as only the maximum's own is.
  */
 #ifndef FC_HOPPER_SOFTMAX_CUH
 #define FC_HOPPER_SOFTMAX_CUH
@@ -18,6 +21,7 @@
 
 #include "common/ptx.cuh"
 #include "common/types.cuh"
+#include "common/variant.h"
 #include "hopper/quad.cuh"
 
 namespace fc {
@@ -59,12 +63,12 @@ struct online_softmax {
     __device__ __forceinline__ void step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
                                          float unit_log2)
     {
+        if constexpr (MASK == mask_class::general) return step_with_maximum<T>(s, p, out, unit_log2);
         float tile_sum[2];
         weigh<T, false>(s, p, tile_sum, reference, unit_log2);
         /* False for NaN, too, and for a row that has seen nothing, whose reference is -inf. */
         const bool sums_fit = tile_sum[0] < MOST && tile_sum[1] < MOST;
-        const bool rounds_well = fmaxf(fabsf(reference[0]), fabsf(reference[1])) * unit_log2 < LARGE;
-        if (__all_sync(0xffffffffu, sums_fit && rounds_well)) {
+        if (__all_sync(0xffffffffu, sums_fit && rounds_well(reference, unit_log2))) {
             sum[0] += tile_sum[0];
             sum[1] += tile_sum[1];
         } else {
@@ -78,7 +82,7 @@ struct online_softmax {
     __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
                                                       float (&out)[OUT], float unit_log2)
     {
-        float shrink[2], tile_sum[2], finite[2];
+        float next[2], finite[2], tile_sum[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float even = s[2 * r], odd = s[2 * r + 1];
@@ -87,23 +91,39 @@ struct online_softmax {
                 even = fmaxf(even, s[i + 2 * r]);
                 odd = fmaxf(odd, s[i + 2 * r + 1]);
             }
-            const float next = fmaxf(reference[r], quad_max(fmaxf(even, odd)));
-            finite[r] = next == -INFINITY ? 0.0f : next; /* so that -inf - -inf hides, too */
-            shrink[r] = ex2_approx_ftz((reference[r] - finite[r]) * unit_log2);
-            reference[r] = next;
+            next[r] = fmaxf(reference[r], quad_max(fmaxf(even, odd)));
+            finite[r] = next[r] == -INFINITY ? 0.0f : next[r]; /* so that -inf - -inf hides, too */
         }
-        weigh<T, true>(s, p, tile_sum, finite, unit_log2);
+        if (__any_sync(0xffffffffu, next[0] != reference[0] || next[1] != reference[1])) {
+            float shrink[2];
 #pragma unroll
-        for (int r = 0; r < 2; r++) sum[r] = fmaf(sum[r], shrink[r], tile_sum[r]);
+            for (int r = 0; r < 2; r++) {
+                shrink[r] = ex2_approx_ftz((reference[r] - finite[r]) * unit_log2);
+                sum[r] *= shrink[r];
+                reference[r] = next[r];
+            }
 #pragma unroll
-        for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
+            for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
+        }
+        if (MASK == mask_class::general && __all_sync(0xffffffffu, rounds_well(finite, unit_log2))) {
+            weigh<T, false>(s, p, tile_sum, finite, unit_log2);
+        } else {
+            weigh<T, true>(s, p, tile_sum, finite, unit_log2);
+        }
+        sum[0] += tile_sum[0];
+        sum[1] += tile_sum[1];
     }
 
     /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. */
     static constexpr float MOST = 16384;
     /* One fused multiply-add gives x * unit - reference * unit, but with the rounding of the latter, 2^-25 of it: up to
-     * here less than what rounding p costs. Rows beyond subtract first, always, as step_with_maximum() does. */
-    static constexpr float LARGE = 4096;
+     * here less than what rounding p costs; the classical step has no cause to let lse lose so much. Rows beyond
+     * subtract first. */
+    static constexpr float LARGE = MASK == mask_class::general ? 128 : 4096;
+    static __device__ __forceinline__ bool rounds_well(const float (&subtract)[2], float unit_log2)
+    {
+        return fmaxf(fabsf(subtract[0]), fabsf(subtract[1])) * unit_log2 < LARGE;
+    }
 
     /* p = exp(unit * (s - subtract)) and its sums. SUBTRACT_FIRST: exact also where the products are large. */
     template <class T, bool SUBTRACT_FIRST, int COUNT>

@@ -526,8 +526,8 @@ static cudaError_t launch(backward_params params, int64_t num_tiles, const fc_pl
 {
     if (num_tiles == 0) return cudaSuccess;
     params.num_tiles = num_tiles;
-    return fc::launch<KERNEL>(num_tiles < plan->num_blocks ? num_tiles : plan->num_blocks, THREADS,
-                              sizeof(shared_memory), stream, params);
+    const int64_t blocks = num_tiles < plan->num_blocks ? num_tiles : plan->num_blocks;
+    return fc::launch<KERNEL>({blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory)}, stream, params);
 }
 
 extern "C" int FC_NAME(backward)(const fc_backward_args *args, const fc_plan *plan, void *workspace, void *stream)

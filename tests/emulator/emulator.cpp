@@ -15,7 +15,9 @@ extern "C" {
 }
 
 dim3 threadIdx, blockIdx, gridDim;
-alignas(1024) unsigned char dynamic_smem[232448]; /* what a block of sm_90 may ask for */
+int emulator_rank;
+constexpr int MOST_BLOCKS = 8; /* of a cluster */
+alignas(1024) unsigned char dynamic_smem[MOST_BLOCKS * EMULATOR_SMEM_BYTES];
 
 namespace {
 
@@ -32,8 +34,11 @@ struct fiber {
 std::vector<fiber> fibers;
 std::vector<emulator_warp> warps;
 std::vector<emulator_warpgroup> warpgroups;
-emulator_meeting all_threads;
-int num_threads;
+emulator_meeting all_threads[MOST_BLOCKS];
+int num_threads, num_fibers, current; /* of a block; of a cluster; the fiber that runs */
+unsigned first_block;                 /* of the cluster */
+long cluster_arrivals;
+std::vector<long> own_arrivals;
 bool progress;
 jmp_buf scheduler;
 void (*kernel)(const void *);
@@ -42,8 +47,17 @@ const void *kernel_params;
 void run_fiber()
 {
     kernel(kernel_params);
-    fibers[threadIdx.x].ended = progress = true;
+    fibers[current].ended = progress = true;
     _longjmp(scheduler, 1);
+}
+
+/* Who and where the fiber is, for its kernel to read. */
+void enter(int index)
+{
+    current = index;
+    emulator_rank = index / num_threads;
+    threadIdx.x = (unsigned)(index % num_threads);
+    blockIdx.x = first_block + (unsigned)emulator_rank;
 }
 
 /* Until it yields or ends. */
@@ -55,13 +69,14 @@ void resume(fiber &it)
     setcontext(&it.context);
 }
 
-bool run_block()
+bool run_cluster()
 {
     emulator_mbarriers.clear();
     emulator_named_barriers.clear();
-    memset(dynamic_smem, 0xff, sizeof dynamic_smem); /* NaN */
-    for (int i = 0; i < num_threads; i++) {
-        fiber &it = fibers[i];
+    memset(dynamic_smem, 0xff, (size_t)(num_fibers / num_threads) * EMULATOR_SMEM_BYTES); /* NaN */
+    cluster_arrivals = 0;
+    own_arrivals.assign((size_t)num_fibers, 0);
+    for (fiber &it : fibers) {
         it.begun = it.ended = false;
         getcontext(&it.context);
         it.context.uc_stack.ss_sp = it.stack.get();
@@ -69,11 +84,11 @@ bool run_block()
         it.context.uc_link = nullptr;
         makecontext(&it.context, run_fiber, 0);
     }
-    for (int left = num_threads, idle = 0; left > 0;) {
+    for (int left = num_fibers, idle = 0; left > 0;) {
         progress = false;
-        for (int i = 0; i < num_threads; i++) {
+        for (int i = 0; i < num_fibers; i++) {
             if (fibers[i].ended) continue;
-            threadIdx.x = (unsigned)i;
+            enter(i);
             resume(fibers[i]);
             left -= fibers[i].ended;
         }
@@ -87,9 +102,9 @@ bool run_block()
 
 void emulator_yield()
 {
-    const unsigned self = threadIdx.x;
+    const int self = current;
     if (!_setjmp(fibers[self].place)) _longjmp(scheduler, 1);
-    threadIdx.x = self;
+    enter(self);
 }
 void emulator_progress()
 {
@@ -97,37 +112,50 @@ void emulator_progress()
 }
 emulator_warp &emulator_this_warp()
 {
-    return warps[threadIdx.x / 32];
+    return warps[current / 32];
 }
 emulator_warpgroup &emulator_this_warpgroup()
 {
-    return warpgroups[threadIdx.x / 128];
+    return warpgroups[current / 128];
 }
 void __syncthreads()
 {
-    emulator_meet(all_threads, num_threads, [] {});
+    emulator_meet(all_threads[emulator_rank], num_threads, [] {});
 }
 int __syncthreads_or(int mine)
 {
-    static int so_far, all;
-    so_far |= mine;
-    emulator_meet(all_threads, num_threads, [] { all = so_far, so_far = 0; });
-    const int any = all;
+    static int so_far[MOST_BLOCKS], all[MOST_BLOCKS];
+    const int rank = emulator_rank;
+    so_far[rank] |= mine;
+    emulator_meet(all_threads[rank], num_threads, [=] { all[rank] = so_far[rank], so_far[rank] = 0; });
+    const int any = all[rank];
     __syncthreads(); /* all have read */
     return any;
 }
-
-cudaError_t emulator_run(int blocks, int threads, int smem_bytes, void (*run)(const void *), const void *params)
+void barrier_cluster_arrive_relaxed()
 {
-    if (smem_bytes > (int)sizeof dynamic_smem) return cudaErrorLaunchFailure;
-    num_threads = threads, kernel = run, kernel_params = params;
-    fibers.resize((size_t)threads);
+    own_arrivals[(size_t)current]++;
+    cluster_arrivals++;
+    emulator_progress();
+}
+void barrier_cluster_wait()
+{
+    while (cluster_arrivals < own_arrivals[(size_t)current] * num_fibers) emulator_yield();
+}
+
+cudaError_t emulator_run(int blocks, int cluster, int threads, int smem_bytes, void (*run)(const void *),
+                         const void *params)
+{
+    if (smem_bytes > EMULATOR_SMEM_BYTES - 1024 || cluster > MOST_BLOCKS || blocks % cluster != 0)
+        return cudaErrorLaunchFailure;
+    num_threads = threads, num_fibers = cluster * threads, kernel = run, kernel_params = params;
+    fibers.resize((size_t)num_fibers);
     gridDim.x = (unsigned)blocks;
-    for (int block = 0; block < blocks; block++) {
-        warps.assign((size_t)threads / 32, {});
-        warpgroups.assign((size_t)threads / 128, {});
-        blockIdx.x = (unsigned)block;
-        if (!run_block()) return cudaErrorLaunchFailure;
+    for (int block = 0; block < blocks; block += cluster) {
+        warps.assign((size_t)num_fibers / 32, {});
+        warpgroups.assign((size_t)num_fibers / 128, {});
+        first_block = (unsigned)block;
+        if (!run_cluster()) return cudaErrorLaunchFailure;
     }
     return cudaSuccess;
 }
@@ -135,16 +163,14 @@ cudaError_t emulator_run(int blocks, int threads, int smem_bytes, void (*run)(co
 /* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or the
  * kernel's error negated. */
 extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attention_problem *given,
-                                                                 const fc_device *device)
+                                                                 const fc_device *device, fc_plan *plan)
 {
     fc_attention_problem problem;
     fc_forward_args args;
-    fc_plan plan = {};
-    plan.struct_size = sizeof plan;
     int status = fc_check(given, true, &problem, &args);
-    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, &plan);
-    if (status != FC_OK || plan.grid == 0) return status;
-    return -fc_kernels[plan.kernel].launcher(&args, &plan, nullptr, nullptr);
+    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, plan);
+    if (status != FC_OK || plan->grid == 0) return status;
+    return -fc_kernels[plan->kernel].launcher(&args, plan, nullptr, nullptr);
 }
 
 /* The same for fc_attention_backward; -1 where the kernels wrote outside their workspace, which is full of NaN. */
@@ -178,7 +204,7 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const 
         return cudaErrorLaunchFailure;                                                                                 \
     }
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    STUB(fc_##family##_forward_##dtype##_d##head_dim##_##mask, fc_forward_args)
+    STUB(fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_forward_args)
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
-    STUB(fc_##family##_backward_##dtype##_d##head_dim##_##mask, fc_backward_args)
+    STUB(fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_backward_args)
 #include "variants.def"

@@ -1,5 +1,5 @@
 /*
- * emulator.h - runs a block of a CUDA kernel on the CPU, so that kernels are tested where there is no GPU.
+ * emulator.h - runs a CUDA kernel on the CPU, cluster by cluster, so that kernels are tested where there is no GPU.
  *
  * The kernel's own source is compiled for the CPU with this folder before kernels/ on the include path, which replaces
  * the headers of instructions (common/ptx.cuh, hopper/wgmma.cuh) and of the host's calls. Each thread of a block is a
@@ -12,6 +12,7 @@
 #define FC_EMULATOR_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -40,6 +41,9 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
     return {x, y, z, w};
 }
 
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -50,6 +54,10 @@ inline float4 make_float4(float x, float y, float z, float w)
 
 /* Of the fiber that runs. */
 extern dim3 threadIdx, blockIdx, gridDim;
+extern int emulator_rank; /* of its block in the cluster */
+
+/* One block's share after another; 227 KiB of each are a block's to ask for. */
+constexpr int EMULATOR_SMEM_BYTES = 228 * 1024;
 extern unsigned char dynamic_smem[];
 
 /* Lets the others run. progress: whether anything has changed since; when nothing has for long, nothing will. */
@@ -131,6 +139,10 @@ inline void __syncwarp()
 void __syncthreads();
 int __syncthreads_or(int mine);
 
+/* Of a cluster's threads. */
+void barrier_cluster_arrive_relaxed();
+void barrier_cluster_wait();
+
 inline int __ffs(unsigned x)
 {
     return __builtin_ffs((int)x);
@@ -149,7 +161,9 @@ inline uint32_t __vminu4(uint32_t a, uint32_t b)
 using cudaError_t = int;
 enum { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 
-/* Runs every block of a grid, one after another; cudaErrorLaunchFailure where one is stuck. */
-cudaError_t emulator_run(int blocks, int threads, int smem_bytes, void (*kernel)(const void *), const void *params);
+/* Runs every block of a grid, those of a cluster together and one cluster after another; cudaErrorLaunchFailure where
+ * one is stuck. */
+cudaError_t emulator_run(int blocks, int cluster, int threads, int smem_bytes, void (*kernel)(const void *),
+                         const void *params);
 
 #endif /* FC_EMULATOR_H */

@@ -6,10 +6,18 @@
 
 namespace fc {
 
-template <auto KERNEL, class Params>
-cudaError_t launch(int64_t blocks, int threads, int smem_bytes, void *, const Params &params)
+struct launch_shape {
+    int64_t blocks;
+    int threads, smem_bytes, most_smem_bytes, cluster = 1;
+    bool is_dependent = false;
+};
+
+template <class Params> void prefetch_params(const Params &, volatile uint32_t &) {}
+
+template <auto KERNEL, class Params> cudaError_t launch(const launch_shape &shape, void *, const Params &params)
 {
-    return emulator_run((int)blocks, threads, smem_bytes, [](const void *p) { KERNEL(*(const Params *)p); }, &params);
+    return emulator_run((int)shape.blocks, shape.cluster, shape.threads, shape.smem_bytes,
+                        [](const void *p) { KERNEL(*(const Params *)p); }, &params);
 }
 
 } // namespace fc

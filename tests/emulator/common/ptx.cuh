@@ -1,7 +1,7 @@
 /*
  * ptx.cuh - in place of kernels/common/ptx.cuh: what each instruction does, on fibers.
  *
- * A shared address is the offset in the block's shared memory. A barrier in it is known by its address.
+ * A shared address is the offset in the cluster's shared memory. A barrier in it is known by its address.
  */
 #ifndef FC_COMMON_PTX_CUH
 #define FC_COMMON_PTX_CUH
@@ -31,9 +31,17 @@ inline uint32_t cvt_rn_bf16x2(float high, float low)
            __bfloat16_as_ushort(__float2bfloat16_rn(low));
 }
 
+inline unsigned char *dynamic_shared()
+{
+    return dynamic_smem + emulator_rank * EMULATOR_SMEM_BYTES;
+}
 inline uint32_t shared_address(const void *pointer)
 {
     return (uint32_t)((const unsigned char *)pointer - dynamic_smem);
+}
+inline uint32_t mapa(uint32_t address, int rank)
+{
+    return address % EMULATOR_SMEM_BYTES + (uint32_t)rank * EMULATOR_SMEM_BYTES;
 }
 
 struct emulator_mbarrier {
@@ -47,6 +55,10 @@ struct emulator_mbarrier {
 };
 inline std::map<uint32_t, emulator_mbarrier> emulator_mbarriers; /* of the block that runs */
 inline std::map<int, emulator_meeting> emulator_named_barriers;
+inline int emulator_named(int barrier)
+{
+    return barrier + 1000 * emulator_rank;
+}
 
 inline void mbarrier_init(uint32_t barrier, uint32_t count)
 {
@@ -92,27 +104,43 @@ inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32
 }
 inline void prefetch_tensormap(const CUtensorMap *) {}
 
+inline void st_async(uint32_t address, uint32_t barrier, float x, float y, float z, float w)
+{
+    const float four[] = {x, y, z, w};
+    memcpy(dynamic_smem + address, four, sizeof four);
+    emulator_mbarrier &it = emulator_mbarriers.at(barrier);
+    it.bytes -= sizeof four;
+    it.settle();
+}
+inline bool elect_sync()
+{
+    __syncwarp();
+    return threadIdx.x % 32 == 7; /* any one will do */
+}
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
+
 template <int COUNT> void setmaxnreg_inc() {}
 template <int COUNT> void setmaxnreg_dec() {}
 
 /* Arrivals that somebody waits for and such that nobody does count alike. */
 inline void bar_arrive(int barrier, int threads)
 {
-    emulator_meeting &it = emulator_named_barriers[barrier];
+    emulator_meeting &it = emulator_named_barriers[emulator_named(barrier)];
     if (++it.arrived == threads) it.arrived = 0, it.generation++, emulator_progress();
 }
 inline void bar_sync(int barrier, int threads)
 {
-    emulator_meet(emulator_named_barriers[barrier], threads, [] {});
+    emulator_meet(emulator_named_barriers[emulator_named(barrier)], threads, [] {});
 }
 inline bool bar_red_or(int barrier, int threads, bool mine)
 {
     static std::map<int, std::pair<bool, bool>> votes; /* so far, and of the last meeting */
-    auto &vote = votes[barrier];
+    auto &vote = votes[emulator_named(barrier)];
     vote.first |= mine;
-    emulator_meet(emulator_named_barriers[barrier], threads, [&] { vote = {false, vote.first}; });
+    emulator_meet(emulator_named_barriers[emulator_named(barrier)], threads, [&] { vote = {false, vote.first}; });
     const bool any = vote.second;
-    emulator_meet(emulator_named_barriers[barrier + 100], threads, [] {}); /* all have read */
+    emulator_meet(emulator_named_barriers[emulator_named(barrier) + 100], threads, [] {}); /* all have read */
     return any;
 }
 

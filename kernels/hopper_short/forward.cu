@@ -1,0 +1,227 @@
+/*
+ * forward.cu - attention forward on Hopper (sm_90a) where a head's keys and values fit in shared memory: float16 and
+ * bfloat16, on the tensor cores.
+ *
+ *     query [BLOCK_M, head_dim], key [seqlen_k, head_dim], value [seqlen_k, head_dim_v] -> out [BLOCK_M, head_dim_v]
+ *
+ * A block computes one tile of BLOCK_M query rows, 64 a warpgroup. All that it needs is asked for at once, in the order
+ * of its use, and never replaced; so there are no copying warps, and each barrier completes once. A
+ * multiprocessor holds several blocks, and while one waits for its copies another computes.
+ *
+ * The trick is not to wait twice: a block is set up while the kernel before it in the stream still runs (dependent
+ * launch), and where tiles are few, a cluster of blocks shares the keys of each and joins its parts of out through the
+ * shared memory of the first.
+ *
+ *     barrier         completes by                            means
+ *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read
+ *     key_full[i]     its copies                              tile first + i of the keys may be read
+ *     value_full[i]   its copies                              likewise, of the values
+ *     parts_full      the other blocks' stores                in block 0 of a cluster: all parts are there
+ */
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "common/launch.cuh"
+#include "common/offsets.cuh"
+#include "common/ptx.cuh"
+#include "common/types.cuh"
+#include "common/variant.h"
+#include "hopper/options.cuh"
+#include "hopper/out.cuh"
+#include "hopper/products.cuh"
+#include "hopper/schedule.cuh"
+#include "hopper/scores.cuh"
+#include "hopper/softmax.cuh"
+#include "hopper/tiles.cuh"
+#include "hopper/wgmma.cuh"
+#include "hopper_short/splits.cuh"
+
+using T = fc::FC_DTYPE;
+using fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
+
+constexpr int WARPGROUPS = THREADS / 128, WARPS = THREADS / 32;
+static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
+
+/* Registers for scores, weights and out, and some 40 beside: with at most 128 a thread four warpgroups fit on a
+ * multiprocessor, with 168 three. */
+constexpr int BIAS_REGISTERS = MASK == mask_class::general ? BLOCK_N / 4 : 0;
+constexpr int NUMBERS = BLOCK_N / 2 + BLOCK_N / 4 + HEAD_DIM / 2 + BIAS_REGISTERS;
+constexpr int WARPGROUPS_THAT_FIT = NUMBERS <= 88 ? 4 : NUMBERS <= 128 ? 3 : 2;
+constexpr int BLOCKS_THAT_FIT = WARPGROUPS_THAT_FIT / WARPGROUPS;
+
+/* As many tiles of keys and values as fit beside query. */
+constexpr int SMEM_BYTES = 227 * 1024;
+constexpr int MOST_TILES = (SMEM_BYTES - 1024 - QUERY_BYTES) / (2 * KEY_BYTES);
+
+struct key_and_value {
+    T::element key[SLABS][BLOCK_N][64], value[SLABS][BLOCK_N][64];
+};
+struct shared_memory {
+    uint64_t query_full, key_full[MOST_TILES], value_full[MOST_TILES], parts_full;
+    uint32_t unused; /* fc::prefetch_params */
+    alignas(1024) T::element query[SLABS][BLOCK_M][64];
+    alignas(1024) key_and_value tiles[]; /* first + i of what the block sees, as many as the launch has room for */
+};
+
+struct forward_params {
+    CUtensorMap query, key, value;
+    fc_forward_args args;
+    fc::schedule schedule;
+    fc::option_params options;
+    fc::fast_divisor by_splits; /* blocks of a cluster */
+    int parts_offset;           /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
+};
+
+static __device__ __forceinline__ uint32_t at(const uint64_t &barrier)
+{
+    return shared_address(&barrier);
+}
+
+/* Asks for everything, in the order of its use, by one thread of the warp: what several ask for at once arrives in any
+ * order, and the tile that all wait for among the last. */
+static __device__ __forceinline__ void load_all(const forward_params &params, shared_memory &smem,
+                                                const fc::tile_work &work)
+{
+    if (work.first == work.end || !elect_sync()) return;
+    fc::load_tile(smem.query, params.query, at(smem.query_full), work.row, work.head, work.batch);
+#pragma unroll 1
+    for (int j = work.end - 1; j >= work.first; j--) {
+        const int i = j - work.first;
+        fc::load_tile(smem.tiles[i].key, params.key, at(smem.key_full[i]), j * BLOCK_N, work.head_kv, work.batch);
+        fc::load_tile(smem.tiles[i].value, params.value, at(smem.value_full[i]), j * BLOCK_N, work.head_kv, work.batch);
+    }
+}
+
+static __global__
+__launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const __grid_constant__ forward_params params)
+{
+    shared_memory &smem = *(shared_memory *)dynamic_shared();
+    const fc_forward_args &args = params.args;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+
+    griddepcontrol_launch_dependents();
+    const uint32_t tile = params.by_splits.divide(blockIdx.x);
+    const int num_splits = (int)params.by_splits.divisor, rank = (int)blockIdx.x - (int)tile * num_splits;
+    fc::tile_work work = fc::find_work(params.schedule, tile);
+    fc::take_share(work, rank, params.by_splits);
+    const int num_tiles = work.end - work.first;
+    if (threadIdx.x == 0) {
+        prefetch_tensormap(&params.query);
+        prefetch_tensormap(&params.key);
+        prefetch_tensormap(&params.value);
+        mbarrier_init(at(smem.query_full), 1);
+#pragma unroll 1
+        for (int i = 0; i < num_tiles; i++) {
+            mbarrier_init(at(smem.key_full[i]), 1);
+            mbarrier_init(at(smem.value_full[i]), 1);
+        }
+        mbarrier_init(at(smem.parts_full), 1);
+        fence_mbarrier_init();
+        if (num_splits > 1 && rank == 0)
+            mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
+    }
+    if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+    __syncthreads();
+    if (num_splits > 1) barrier_cluster_arrive_relaxed(); /* this block's barriers are there */
+    griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) load_all(params, smem, work);
+    __syncwarp();
+
+    const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
+    const float unit = fc::unit_of_scores(args, params.options), unit_log2 = unit * fc::LOG2_E;
+    const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][64 * warpgroup]), BLOCK_M * 128);
+    const uint64_t key = fc::tile_descriptor(shared_address(smem.tiles[0].key), BLOCK_N * 128);
+    const uint64_t value = fc::tile_descriptor(shared_address(smem.tiles[0].value), BLOCK_N * 128);
+    const fc::rows_view view(params.schedule, work, warpgroup);
+    float s[BLOCK_N / 2], out[HEAD_DIM / 2] = {};
+    uint32_t p[BLOCK_N / 4];
+    fc::online_softmax softmax;
+    int j = view.end - 1;
+
+    const auto start_q_k = [&] {
+        mbarrier_wait(at(smem.key_full[j - work.first]), 0);
+        fc::wgmma_fence();
+        fc::multiply_q_k(s, query, fc::advance(key, (j - work.first) * 2 * KEY_BYTES));
+    };
+    const auto start_p_v = [&](int tile) {
+        fc::multiply_p_v(out, p, fc::advance(value, (tile - work.first) * 2 * KEY_BYTES));
+    };
+    /* q.k of tile j in s -> weights in p. */
+    fc::score_options<T> options(args, params.options, params.schedule, work, row);
+    const auto weigh = [&](auto is_first) {
+        const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
+        if constexpr (MASK == mask_class::general) {
+            options.resolve(j);
+            options.apply(s, j, is_cut);
+            if (j > view.first) options.fetch(j - 1);
+        } else if (is_cut) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
+        }
+        if constexpr (is_first && MASK != mask_class::general) softmax.take_reference(s);
+        softmax.step<T>(s, p, out, unit_log2);
+    };
+
+    fc::out_rows<T> rows;
+    const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
+    if (view.first < view.end) {
+        if (MASK == mask_class::general) options.fetch(j);
+        mbarrier_wait(at(smem.query_full), 0);
+        start_q_k();
+        fc::wgmma_wait<0>();
+        fc::hold(s);
+        weigh(std::true_type());
+        for (j--; j >= view.first; j--) {
+            mbarrier_wait(at(smem.value_full[j + 1 - work.first]), 0);
+            fc::hold(out);
+            start_q_k();
+            start_p_v(j + 1);
+            fc::wgmma_wait<0>();
+            fc::hold(s);
+            fc::hold(out);
+            weigh(std::false_type());
+        }
+        mbarrier_wait(at(smem.value_full[view.first - work.first]), 0);
+        fc::hold(out);
+        fc::wgmma_fence();
+        start_p_v(view.first);
+        finish(); /* while the last product runs */
+        fc::wgmma_wait<0>();
+        fc::hold(out);
+    } else {
+        finish();
+    }
+    if (num_splits > 1) {
+        const auto *parts = (const fc::part *)(dynamic_shared() + params.parts_offset);
+        barrier_cluster_wait();
+        if (rank > 0) {
+            fc::send_part(out, softmax, mapa(shared_address(parts[rank - 1]), 0), mapa(at(smem.parts_full), 0));
+            return;
+        }
+        mbarrier_wait(at(smem.parts_full), 0);
+#pragma unroll 1
+        for (int r = 1; r < num_splits; r++) fc::join_part(out, softmax, parts[r - 1], unit_log2);
+        finish();
+    }
+    rows.write(out, args);
+    rows.write_lse(args, work, row);
+}
+
+extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
+{
+    const int num_tiles = (int)((args->seqlen_k + BLOCK_N - 1) / BLOCK_N), num_splits = plan->num_splits;
+    const int share = (num_tiles + num_splits - 1) / num_splits;
+    const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
+    const int smem_bytes = parts_offset + (num_splits - 1) * (int)sizeof(fc::part);
+    forward_params params = {
+        {},          {}, {}, *args, fc::schedule(*args, *plan), fc::option_params(*args), fc::fast_divisor(num_splits),
+        parts_offset};
+    const cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
+    if (error != cudaSuccess) return error;
+    return fc::launch<FC_NAME(forward_kernel)>(
+        {plan->num_blocks, THREADS, smem_bytes, SMEM_BYTES, plan->num_splits, true}, stream, params);
+}
