@@ -125,15 +125,27 @@ static bool is_of_hopper(const fc_kernel *kernel)
     return kernel->family_id >= fc_family_hopper;
 }
 
-static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args)
+/* What a problem asks of any kernel, found once for all of them. */
+struct needs {
+    enum fc_mask_class mask;
+    bool hopper_reads;
+};
+
+static struct needs needs_of(const fc_forward_args *args)
+{
+    return (struct needs){mask_class(args), fc_hopper_reads(args)};
+}
+
+static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args,
+                   const struct needs *needs)
 {
     if (kernel->dtype != FC_NONE && kernel->dtype != args->query.dtype) return false;
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
-    if (kernel->mask != fc_mask_any && kernel->mask != mask_class(args)) return false;
+    if (kernel->mask != fc_mask_any && kernel->mask != needs->mask) return false;
     if (!is_of_hopper(kernel)) return true;
-    if (!fc_hopper_reads(args) || num_tiles(args, kernel) > INT32_MAX / 8) return false;
+    if (!needs->hopper_reads || num_tiles(args, kernel) > INT32_MAX / 8) return false;
     return kernel->family_id == fc_family_hopper || fc_hopper_short_serves(args, kernel);
 }
 
@@ -178,11 +190,12 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
     }
     if (p->block_m != 0 || p->block_n != 0) {
         fc_attention_problem any_block = *p;
+        struct needs needs = needs_of(args);
         any_block.block_m = any_block.block_n = 0;
         for (int32_t i = 0; i < fc_num_kernels; i++) {
             const fc_kernel *kernel = &fc_kernels[i];
             if (!fc_kernel_runs_on(kernel, device) || !fc_kernel_is_named(kernel, p->kernel) ||
-                !serves(kernel, &any_block, args))
+                !serves(kernel, &any_block, args, &needs))
                 continue;
             char pair[32];
             snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
@@ -237,12 +250,18 @@ int32_t fc_cpu_threads(const fc_attention_problem *p, const fc_forward_args *arg
     return threads_for(args, FLOPS_PER_CPU_THREAD, most);
 }
 
+static bool is_usable(const fc_kernel *kernel, const fc_attention_problem *problem, const fc_forward_args *args,
+                      const struct needs *needs, const fc_device *device)
+{
+    return kernel->device_type == device->type && serves(kernel, problem, args, needs) &&
+           fc_kernel_runs_on(kernel, device) && fc_kernel_is_named(kernel, problem->kernel);
+}
+
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
                          const fc_device *device)
 {
-    const fc_kernel *row = &fc_kernels[kernel];
-    return row->device_type == device->type && serves(row, problem, args) && fc_kernel_runs_on(row, device) &&
-           fc_kernel_is_named(row, problem->kernel);
+    struct needs needs = needs_of(args);
+    return is_usable(&fc_kernels[kernel], problem, args, &needs, device);
 }
 
 /* The plan for one kernel. Returns an estimate of its time in cycles; of those that have none, infinity. */
@@ -273,11 +292,12 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
     bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device);
     int32_t chosen = is_told ? preferred : -1;
     double least = 0;
+    struct needs needs = needs_of(args);
     if (is_told) plan_blocks(args, preferred, device, plan);
     for (int32_t i = 0; i < fc_num_kernels && !is_told; i++) {
         if (chosen >= 0 && fc_kernels[i].head_dim > fc_kernels[chosen].head_dim && is_of_hopper(&fc_kernels[i]))
             continue; /* pads more */
-        if (!fc_kernel_is_usable(i, problem, args, device)) continue;
+        if (!is_usable(&fc_kernels[i], problem, args, &needs, device)) continue;
         fc_plan its_plan;
         double cycles = plan_blocks(args, i, device, &its_plan);
         if (chosen < 0 || cycles < least) {
