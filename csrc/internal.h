@@ -19,6 +19,19 @@
 #define FC_PRINTF(index, first)
 #endif
 
+/* n / by, rounded up; of any n that is not negative. */
+static inline int64_t fc_divide_up(int64_t n, int64_t by)
+{
+    return n / by + (n % by != 0);
+}
+
+/* Stirs one more fact into 64 bits that stand for many. */
+static inline uint64_t fc_mix(uint64_t mixed, uint64_t fact)
+{
+    mixed = (mixed ^ fact) * 0x9e3779b97f4a7c15u; /* 2^64 / the golden ratio */
+    return mixed ^ mixed >> 32;
+}
+
 /* error.c: stores the words for fc_last_error and returns the status, so that callers can write
  * `return fc_fail(FC_INVALID, "...")`. */
 fc_status fc_fail(fc_status status, const char *format, ...) FC_PRINTF(2, 3);
@@ -65,6 +78,8 @@ fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_
 /* Could this kernel run this problem on this device? */
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
                          const fc_device *device);
+/* Are the device's facts of the kind that the problem's arrays are on? */
+fc_status fc_check_device_type(const fc_device *device, int32_t device_type);
 /* Does this device run the kernel? Is it what `forced` (NULL: anything) names? */
 bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device);
 bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced);
@@ -87,6 +102,8 @@ const char *fc_hopper_reads_what(const fc_forward_args *args);
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                              fc_plan *plan);
 double fc_hopper_weight(const fc_kernel *kernel); /* of a row and key of this head_dim; 1: of 64 */
+/* Heads that share keys follow each other: for where all tiles cost the same. */
+void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan);
 
 /* plan_hopper_short.c: the same, for kernels that keep a head's keys in shared memory; and num_splits. */
 bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel);

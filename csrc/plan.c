@@ -95,6 +95,13 @@ static bool is_built_for(int32_t arch, int32_t capability)
     return false;
 }
 
+fc_status fc_check_device_type(const fc_device *device, int32_t device_type)
+{
+    if (device->type == device_type) return FC_OK;
+    return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d", device_type,
+                   device->type);
+}
+
 bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced)
 {
     return forced == NULL || strcmp(forced, kernel->name) == 0 || strcmp(forced, kernel->family) == 0;
@@ -117,7 +124,7 @@ static int64_t num_tiles(const fc_forward_args *args, const fc_kernel *kernel)
         rows *= heads / args->num_heads_kv;
         heads = args->num_heads_kv;
     }
-    return args->batch * heads * ((rows + kernel->block_m - 1) / kernel->block_m);
+    return args->batch * heads * fc_divide_up(rows, kernel->block_m);
 }
 
 static bool is_of_hopper(const fc_kernel *kernel)
@@ -286,9 +293,8 @@ static double plan_blocks(const fc_forward_args *args, int32_t index, const fc_d
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           int32_t preferred, fc_plan *plan)
 {
-    if (device->type != problem->device_type)
-        return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
-                       problem->device_type, device->type);
+    fc_status status = fc_check_device_type(device, problem->device_type);
+    if (status != FC_OK) return status;
     bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device);
     int32_t chosen = is_told ? preferred : -1;
     double least = 0;

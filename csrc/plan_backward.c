@@ -96,25 +96,21 @@ static fc_status refuse(const fc_backward_problem *problem, const fc_backward_ar
                    problem->block_m, problem->block_n, where, tiles);
 }
 
-static int64_t divide_up(int64_t n, int64_t by)
-{
-    return n / by + (n % by != 0);
-}
-
 /* Tiles of rows, which come first, and of every gradient that is wanted; 0 where none is. */
 static int64_t num_cuda_tiles(const fc_backward_args *args, const struct backward_half *half)
 {
     const fc_forward_args *f = &args->forward;
     const fc_tensor *dbias = &args->dbias, *dsinks = &args->dsinks;
     const int64_t shape[4] = {f->batch, f->num_heads_q, f->seqlen_q, f->seqlen_k};
-    int64_t rows = f->batch * f->num_heads_q * divide_up(f->seqlen_q, half->block_m), tiles = 0;
-    int64_t keys = f->batch * f->num_heads_kv * divide_up(f->seqlen_k, half->block_m), stored[4];
+    int64_t rows = f->batch * f->num_heads_q * fc_divide_up(f->seqlen_q, half->block_m), tiles = 0;
+    int64_t keys = f->batch * f->num_heads_kv * fc_divide_up(f->seqlen_k, half->block_m), stored[4];
     if (args->dq.dtype != FC_NONE) tiles += rows;
     if (args->dk.dtype != FC_NONE) tiles += keys;
     if (args->dv.dtype != FC_NONE) tiles += keys;
     for (int i = 0; i < 4; i++) stored[i] = dbias->strides[i] == 0 ? 1 : shape[i];
     if (dbias->dtype != FC_NONE)
-        tiles += stored[0] * stored[1] * divide_up(stored[2], half->block_m) * divide_up(stored[3], half->block_n);
+        tiles +=
+            stored[0] * stored[1] * fc_divide_up(stored[2], half->block_m) * fc_divide_up(stored[3], half->block_n);
     if (dsinks->dtype != FC_NONE)
         tiles += (dsinks->strides[0] == 0 ? 1 : shape[0]) * (dsinks->strides[1] == 0 ? 1 : shape[1]);
     return tiles == 0 ? 0 : rows + tiles;
@@ -133,9 +129,8 @@ static uint64_t cuda_workspace(const fc_forward_args *f)
 fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attention_problem *forward,
                            const fc_backward_args *args, const fc_device *device, fc_plan *plan)
 {
-    if (device->type != forward->device_type)
-        return fc_fail(FC_INVALID, "the problem is for device_type %d and the device given is of type %d",
-                       forward->device_type, device->type);
+    fc_status status = fc_check_device_type(device, forward->device_type);
+    if (status != FC_OK) return status;
     const struct backward_half *half = NULL;
     int32_t chosen = 0;
     for (; chosen < fc_num_kernels; chosen++) {

@@ -93,10 +93,7 @@ static uint64_t fingerprint(const fc_forward_args *args, const fc_device *device
                              args->head_dim, args->head_dim_v,  args->band_left,    args->band_right, device->l2_bytes,
                              block_m,        num_blocks};
     uint64_t mixed = 0;
-    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
-        mixed = (mixed ^ (uint64_t)facts[i]) * 0x9e3779b97f4a7c15u; /* 2^64 / the golden ratio */
-        mixed ^= mixed >> 32;
-    }
+    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) mixed = fc_mix(mixed, (uint64_t)facts[i]);
     return mixed;
 }
 
@@ -104,7 +101,7 @@ static uint64_t fingerprint(const fc_forward_args *args, const fc_device *device
 static void choose_groups(const fc_forward_args *args, const fc_device *device, int64_t block_m, fc_plan *plan)
 {
     int64_t heads = args->batch * args->num_heads_q, group = args->num_heads_q / args->num_heads_kv;
-    int64_t row_tiles = (args->seqlen_q + block_m - 1) / block_m, blocks = plan->num_blocks;
+    int64_t row_tiles = fc_divide_up(args->seqlen_q, block_m), blocks = plan->num_blocks;
     plan->heads_at_once = blocks < 4 ? 1 : blocks / 4;
     if (plan->heads_at_once > heads) plan->heads_at_once = heads;
     plan->num_groups = heads / plan->heads_at_once;
@@ -143,6 +140,12 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
     atomic_store_explicit(entry, known, memory_order_relaxed);
 }
 
+void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan)
+{
+    plan->heads_at_once = args->num_heads_q / args->num_heads_kv;
+    plan->num_groups = args->batch * args->num_heads_kv;
+}
+
 double fc_hopper_weight(const fc_kernel *kernel)
 {
     return kernel->head_dim <= 64 ? 1 : kernel->head_dim <= 128 ? 1.45 : 2.6;
@@ -155,7 +158,7 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
 {
     enum { SAMPLES = 8 };
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
-    int64_t rounds = (plan->grid + plan->num_blocks - 1) / plan->num_blocks;
+    int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
     double cost = (double)(256 + args->seqlen_k), load = cost * (double)rounds;
     if (kernel->mask != fc_mask_full) { /* tiles differ, and are dealt evenly */
         double mean = 0, most = 0;
@@ -176,9 +179,8 @@ double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kerne
                              fc_plan *plan)
 {
     if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
-    if (kernel->mask == fc_mask_full) { /* all tiles cost the same: those that share keys follow each other */
-        plan->heads_at_once = args->num_heads_q / args->num_heads_kv;
-        plan->num_groups = args->batch * args->num_heads_kv;
+    if (kernel->mask == fc_mask_full) {
+        fc_hopper_group_by_keys(args, plan);
     } else {
         choose_groups(args, device, kernel->block_m, plan);
     }

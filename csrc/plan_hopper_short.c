@@ -9,15 +9,11 @@
 
 enum { SMEM_BYTES = 227 * 1024, SM_SMEM_BYTES = 228 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
 
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* A block's shared memory, as kernels/hopper_short/forward.cu lays it out, and 1 KiB that the system keeps. */
 static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, int64_t splits)
 {
-    int64_t row_bytes = kernel->head_dim * 2, tiles = divide_up(divide_up(args->seqlen_k, kernel->block_n), splits);
+    int64_t row_bytes = kernel->head_dim * 2,
+            tiles = fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
     int64_t part_bytes = (kernel->head_dim / 2 + 4) * (int64_t)sizeof(float) * kernel->threads;
     return BARRIER_BYTES + kernel->block_m * row_bytes + 2 * tiles * kernel->block_n * row_bytes +
            (splits - 1) * part_bytes;
@@ -39,9 +35,7 @@ bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel
 /* Blocks that a multiprocessor holds, by registers (as the kernel bounds them) and by shared memory. */
 static int64_t blocks_that_fit(const fc_kernel *kernel, int64_t bytes)
 {
-    int64_t bias = kernel->mask == fc_mask_general ? kernel->block_n / 4 : 0;
-    int64_t numbers = kernel->block_n / 2 + kernel->block_n / 4 + kernel->head_dim / 2 + bias;
-    int64_t warpgroups = numbers <= 88 ? 4 : numbers <= 128 ? 3 : 2;
+    int64_t warpgroups = FC_HOPPER_SHORT_WARPGROUPS(kernel->block_n, kernel->head_dim, kernel->mask == fc_mask_general);
     int64_t by_registers = warpgroups / (kernel->block_m / 64), by_smem = SM_SMEM_BYTES / (bytes + 1024);
     return by_registers < by_smem ? by_registers : by_smem;
 }
@@ -56,11 +50,11 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
 {
     int64_t sms = device->num_sms > 0 ? device->num_sms : 1, blocks = tiles * splits;
     int64_t fit = blocks_that_fit(kernel, smem_bytes(args, kernel, splits));
-    int64_t per_sm = divide_up(blocks, sms);
+    int64_t per_sm = fc_divide_up(blocks, sms);
     /* Beside the last blocks of the kernel before, those of this one do not spread evenly. */
     if (fit > 1 && per_sm == 1 && 2 * blocks > sms) per_sm = 2;
-    int64_t turns = divide_up(per_sm, fit), at_once = per_sm < fit ? per_sm : fit;
-    double steps = (double)divide_up(divide_up(args->seqlen_k, kernel->block_n), splits);
+    int64_t turns = fc_divide_up(per_sm, fit), at_once = per_sm < fit ? per_sm : fit;
+    double steps = (double)fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
     double keys = steps * kernel->block_n, alone = 600 + steps * (kernel->block_n == 128 ? 1300 : 850);
     double in_step = 0.16 * (kernel->block_m - 64) * keys;
     double beside = (double)(at_once - 1) * (600 + 0.10 * kernel->block_m * keys);
@@ -80,8 +74,7 @@ double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel 
     plan->num_blocks = tiles * splits;
     /* Long tiles first, where they differ. */
     if (kernel->mask == fc_mask_full) {
-        plan->heads_at_once = args->num_heads_q / args->num_heads_kv;
-        plan->num_groups = args->batch * args->num_heads_kv;
+        fc_hopper_group_by_keys(args, plan);
     } else {
         plan->heads_at_once = args->batch * args->num_heads_q;
         plan->num_groups = 1;

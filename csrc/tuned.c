@@ -135,22 +135,16 @@ typedef struct slot {
 static slot table[SLOTS];
 static atomic_bool is_used; /* spares those who never tune the rest */
 
-static uint64_t mix(uint64_t mixed, uint64_t fact)
-{
-    mixed = (mixed ^ fact) * 0x9e3779b97f4a7c15u; /* 2^64 / the golden ratio */
-    return mixed ^ mixed >> 32;
-}
-
 /* Device and class in 64 bits. Should two pairs ever share them, they share a choice, which at worst is slow. */
 static uint64_t key_of(const fc_device *device, uint64_t class)
 {
     uint64_t name[sizeof device->name / sizeof(uint64_t)] = {0}, mixed = class;
     memcpy(name, device->name, strnlen(device->name, sizeof device->name));
-    for (size_t i = 0; i < sizeof name / sizeof *name; i++) mixed = mix(mixed, name[i]);
-    mixed = mix(mixed, (uint64_t)device->type);
-    mixed = mix(mixed, (uint64_t)device->compute_capability);
-    mixed = mix(mixed, (uint64_t)device->num_sms);
-    mixed = mix(mixed, (uint64_t)device->isa);
+    for (size_t i = 0; i < sizeof name / sizeof *name; i++) mixed = fc_mix(mixed, name[i]);
+    mixed = fc_mix(mixed, (uint64_t)device->type);
+    mixed = fc_mix(mixed, (uint64_t)device->compute_capability);
+    mixed = fc_mix(mixed, (uint64_t)device->num_sms);
+    mixed = fc_mix(mixed, (uint64_t)device->isa);
     return mixed == 0 ? 1 : mixed;
 }
 

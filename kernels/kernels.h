@@ -52,6 +52,16 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 /* The portable backward's workspace, for each row of each query head. */
 #define FC_PORTABLE_BACKWARD_ROW_BYTES 16
 
+/* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out, bias)
+ * and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the planner's.
+ */
+#define FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general)                                                         \
+    ((block_n) / 2 + (block_n) / 4 + (head_dim) / 2 + ((is_general) ? (block_n) / 4 : 0))
+#define FC_HOPPER_SHORT_WARPGROUPS(block_n, head_dim, is_general)                                                      \
+    (FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 88    ? 4                                               \
+     : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 128 ? 3                                               \
+                                                                     : 2)
+
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of
  * variants.def, or _backward_. */
 #if defined(__GNUC__)

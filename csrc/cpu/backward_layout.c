@@ -20,11 +20,6 @@ bool fc_cpu_sums_bias(const fc_backward_args *args)
     return false;
 }
 
-static int64_t divide_up(int64_t n, int64_t by)
-{
-    return n / by + (n % by != 0);
-}
-
 static int64_t saturating_product(int64_t a, int64_t b)
 {
     int64_t product;
@@ -37,7 +32,7 @@ fc_cpu_tasks fc_cpu_backward_tasks(const fc_backward_args *args)
     fc_cpu_tasks tasks = {
         .batch = fc_cpu_sums_bias_over(args, 0) ? 1 : f->batch,
         .heads_kv = fc_cpu_sums_bias_over(args, 1) ? 1 : f->num_heads_kv,
-        .blocks = fc_cpu_sums_bias_over(args, 3) ? 1 : divide_up(f->seqlen_k, FC_CPU_BACKWARD_BLOCK_N),
+        .blocks = fc_cpu_sums_bias_over(args, 3) ? 1 : fc_divide_up(f->seqlen_k, FC_CPU_BACKWARD_BLOCK_N),
     };
     bool wanted = args->dq.dtype != FC_NONE || args->dk.dtype != FC_NONE || args->dv.dtype != FC_NONE ||
                   args->dbias.dtype != FC_NONE;
@@ -61,14 +56,14 @@ fc_cpu_layout fc_cpu_backward_layout(const fc_backward_args *args)
     const fc_forward_args *f = &args->forward;
     int64_t real_bytes = f->query.dtype == FC_FLOAT64 ? 8 : 4;
     int64_t heads = saturating_product(f->batch, f->num_heads_q), rows = saturating_product(heads, f->seqlen_q);
-    fc_cpu_layout layout = {.row_tiles = divide_up(f->seqlen_q, FC_CPU_BACKWARD_BLOCK_M)};
+    fc_cpu_layout layout = {.row_tiles = fc_divide_up(f->seqlen_q, FC_CPU_BACKWARD_BLOCK_M)};
     int64_t tiles = saturating_product(heads, layout.row_tiles);
     layout.delta = append(&layout, rows, real_bytes);
     layout.base = append(&layout, rows, real_bytes);
     layout.inverse = append(&layout, rows, real_bytes);
     if (args->dsinks.dtype != FC_NONE) layout.sink_sums = append(&layout, tiles, sizeof(double));
 
-    layout.dq_width = divide_up(f->head_dim * real_bytes, LINE) * LINE / real_bytes;
+    layout.dq_width = fc_divide_up(f->head_dim * real_bytes, LINE) * LINE / real_bytes;
     layout.dq_in_place = args->dq.strides[3] == 1 && layout.dq_width == f->head_dim &&
                          (args->dq.dtype == FC_FLOAT32 || args->dq.dtype == FC_FLOAT64);
     if (args->dq.dtype != FC_NONE) {

@@ -54,7 +54,7 @@ static_assert(128 * (PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS) <= 65
 
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
-using fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
+using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
 constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 256;
 constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES + BARRIER_BYTES <= SMEM_BYTES ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (SMEM_BYTES - BARRIER_BYTES - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
@@ -101,11 +101,6 @@ template <int COUNT> struct ring {
         if (++stage == COUNT) stage = 0, phase ^= 1;
     }
 };
-
-static __device__ __forceinline__ uint32_t at(const uint64_t &barrier)
-{
-    return shared_address(&barrier);
-}
 
 /* The copying thread, which a mask gives a warp to search with: brings, as room becomes free, what the consumers will
  * ask for. The first keys come before query, for whose room a tile's last q.k is waited for. */

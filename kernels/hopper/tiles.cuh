@@ -17,6 +17,12 @@ constexpr int SLABS = (HEAD_DIM + 63) / 64;
 constexpr int QUERY_BYTES = SLABS * BLOCK_M * 128;
 constexpr int KEY_BYTES = SLABS * BLOCK_N * 128; /* a tile of values takes as many */
 
+/* A barrier's address. */
+__device__ __forceinline__ uint32_t at(const uint64_t &barrier)
+{
+    return shared_address(&barrier);
+}
+
 /* One box after another of a tile, by one thread. */
 template <class Element, int ROWS>
 __device__ __forceinline__ void load_tile(Element (&tile)[SLABS][ROWS][64], const CUtensorMap &map, uint32_t full,

@@ -39,17 +39,12 @@
 #include "hopper_short/splits.cuh"
 
 using T = fc::FC_DTYPE;
-using fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
+using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
 
-constexpr int WARPGROUPS = THREADS / 128, WARPS = THREADS / 32;
+constexpr int WARPGROUPS = THREADS / 128;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
-/* Registers for scores, weights and out, and some 40 beside: with at most 128 a thread four warpgroups fit on a
- * multiprocessor, with 168 three. */
-constexpr int BIAS_REGISTERS = MASK == mask_class::general ? BLOCK_N / 4 : 0;
-constexpr int NUMBERS = BLOCK_N / 2 + BLOCK_N / 4 + HEAD_DIM / 2 + BIAS_REGISTERS;
-constexpr int WARPGROUPS_THAT_FIT = NUMBERS <= 88 ? 4 : NUMBERS <= 128 ? 3 : 2;
-constexpr int BLOCKS_THAT_FIT = WARPGROUPS_THAT_FIT / WARPGROUPS;
+constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, MASK == mask_class::general) / WARPGROUPS;
 
 /* As many tiles of keys and values as fit beside query. */
 constexpr int SMEM_BYTES = 227 * 1024;
@@ -73,11 +68,6 @@ struct forward_params {
     fc::fast_divisor by_splits; /* blocks of a cluster */
     int parts_offset;           /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
 };
-
-static __device__ __forceinline__ uint32_t at(const uint64_t &barrier)
-{
-    return shared_address(&barrier);
-}
 
 /* Asks for everything, in the order of its use, by one thread of the warp: what several ask for at once arrives in any
  * order, and the tile that all wait for among the last. */
