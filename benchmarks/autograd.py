@@ -13,25 +13,6 @@ import timers
 from report import Table
 
 
-def with_gradients(contender: who.Contender) -> who.Contender:
-    """The same call, and its gradients; returns that of the query."""
-
-    def prepare(inputs):
-        import torch
-
-        for tensor in (inputs.query, inputs.key, inputs.value):
-            tensor.requires_grad_()
-        call = contender.prepare(inputs)
-        dout = torch.ones_like(inputs.query)
-
-        def run():
-            return torch.autograd.grad(call(), (inputs.query, inputs.key, inputs.value), dout)[0]
-
-        return run
-
-    return who.Contender(contender.name, prepare, contender.scope, contender.kind)
-
-
 def rows() -> list[harness.Row]:
     return [
         harness.Row(who.Problem(1, heads, seqlen, head_dim, is_causal, "float32"), "float32", seqlen, quick=True)
@@ -41,7 +22,7 @@ def rows() -> list[harness.Row]:
 
 
 def contenders() -> list[who.Contender]:
-    return [with_gradients(item) for item in (who.sdpa("sdpa", None), who.flashcore())]
+    return [who.with_gradients(item) for item in (who.sdpa("sdpa", None), who.flashcore())]
 
 
 def measure(job: harness.Job) -> dict:

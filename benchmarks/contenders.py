@@ -125,6 +125,20 @@ def sdpa(name: str, backend: str | None) -> Contender:
     return Contender(name, prepare, scope if backend else contextlib.nullcontext)
 
 
+def with_gradients(contender: Contender) -> Contender:
+    """The same call, and its gradients; returns that of the query."""
+
+    def prepare(inputs):
+        import torch
+
+        leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
+        call = contender.prepare(Inputs(*leaves, inputs.is_causal))
+        dout = torch.ones_like(inputs.query)
+        return lambda: torch.autograd.grad(call(), leaves, dout)[0]
+
+    return dataclasses.replace(contender, prepare=prepare)
+
+
 def flash_attention_3() -> Contender:
     """FlashAttention-3 where it is installed. It wants [batch, seqlen, heads, head_dim]: given as views."""
 

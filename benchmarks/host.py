@@ -1,9 +1,11 @@
 """
 host.py - how long does an eager call keep the host? Microseconds until the call returns, small GPU problems, median
 over bursts of 20 calls, each burst after a synchronization, all contenders in turn. Beside them an elementwise
-PyTorch operation with three inputs (addcmul), and our call into a given output.
+PyTorch operation with three inputs (addcmul), our call into a given output, and forward and backward of a call whose
+inputs require gradients.
 """
 
+import dataclasses
 import functools
 import statistics
 import sys
@@ -41,6 +43,10 @@ def elementwise() -> who.Contender:
     return who.Contender("addcmul", prepare, kind="note")
 
 
+def training(contender: who.Contender) -> who.Contender:
+    return dataclasses.replace(who.with_gradients(contender), name=f"{contender.name} + backward", kind="note")
+
+
 def rows() -> list[harness.Row]:
     shapes = [(1, 128, False), (8, 128, False), (1, 128, True)]
     return [
@@ -50,7 +56,8 @@ def rows() -> list[harness.Row]:
 
 
 def contenders() -> list[who.Contender]:
-    return [who.sdpa("sdpa", None), who.flash_attention_3(), elementwise(), into_output(), who.flashcore()]
+    sdpa, ours = who.sdpa("sdpa", None), who.flashcore()
+    return [sdpa, who.flash_attention_3(), elementwise(), training(sdpa), training(ours), into_output(), ours]
 
 
 def measure(job: harness.Job) -> dict:

@@ -342,7 +342,9 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
     else
         snprintf(where, sizeof where, "%.60s (sm_%d)", device->name[0] ? device->name : "a GPU",
                  device->compute_capability);
-    if (problem->kernel != NULL)
+    if (plan->slow & FC_SLOW_BACKWARD)
+        snprintf(why, sizeof why, "gradients on GPUs come from portable kernels yet, slower than PyTorch's");
+    else if (problem->kernel != NULL)
         snprintf(why, sizeof why, "'%.60s' is forced", problem->kernel);
     else if (plan->tuned)
         snprintf(why, sizeof why, "it was measured to be the fastest here (flashcore.autotune)");

@@ -159,6 +159,7 @@ fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attentio
         plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
         plan->workspace_bytes = cuda_workspace(&args->forward);
         plan->num_threads = half->threads;
+        plan->slow = FC_SLOW_BACKWARD;
     }
     return FC_OK;
 }

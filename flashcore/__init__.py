@@ -44,7 +44,7 @@ class SlowPathWarning(UserWarning):
 
 
 # Bits of fc_plan.slow, in words.
-_SLOW = {1: "no fast kernel of this architecture serves the call"}
+_SLOW = {1: "no fast kernel of this architecture serves the call"}  # the other is the backward's
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ typedef struct fc_device {
 
 /* Reasons why a plan is not the fast path; fc_plan.slow is a set of these bits. */
 #define FC_SLOW_NO_FAST_KERNEL (1u << 0) /* a portable kernel serves what this architecture's own cannot */
+#define FC_SLOW_BACKWARD       (1u << 1) /* a portable backward, as every GPU's is in this version */
 
 /* What will run. fc_attention_plan fills one. */
 typedef struct fc_plan {
@@ -319,7 +320,8 @@ typedef struct fc_backward_problem {
 /*
  * fc_attention_plan for the backward: checks a problem and says what would run, touching no array. In *plan,
  * workspace_bytes is what fc_attention_backward needs: O(seqlen), and on the CPU once more the elements of a dbias that
- * sums; kernel is that whose backward runs, and block_m, block_n its tile.
+ * sums; kernel is that whose backward runs, and block_m, block_n its tile. fc_plan_describe, given problem->forward,
+ * says it in words.
  */
 FC_API fc_status fc_attention_backward_plan(const fc_backward_problem *problem, const fc_device *device, fc_plan *plan);
 

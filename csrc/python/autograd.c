@@ -2,7 +2,7 @@
  * autograd.c - the ways of a call that torch must see.
  *
  * A call that needs a gradient, and nothing else of torch, runs here like any other, and then a node of autograd's
- * graph is hung on its result: flashcore/torch/_autograd.py keeps what the backward needs. Its arrays have four
+ * graph is hung on its result: flashcore/torch/_eager.py keeps what the backward needs. Its arrays have four
  * dimensions and broadcast nothing among themselves, so each gradient has its input's shape; other shapes are brought
  * to that form by flashcore/torch/_shapes.py first. What more than autograd must see goes by
  * torch.ops.flashcore.attention. Both cost many times what the plain call does, which passes by here.

@@ -241,6 +241,8 @@ int fc_call_check_device(const fc_call *call, fc_array *array);
 /* The problem's batch and batch strides, and how many calls of the library the rest of the batches takes. */
 int64_t fc_call_fold(fc_call *call);
 void fc_call_release(fc_call *call);
+/* FLASHCORE_SLOW's say on a plan that is not the fast path: -1 with an exception, or a warning, which may be one. */
+int fc_report_slow(fc_state *state, const fc_attention_problem *problem, const fc_plan *plan);
 
 /* attention() and, below torch's dispatcher, forward(), which gives (out, lse). */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);

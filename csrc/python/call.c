@@ -185,11 +185,6 @@ static int check_gradient(const fc_call *call)
                      "%s requires a gradient, but query is no torch tensor, so neither is the result, which could not "
                      "carry it; pass query as a tensor, or %s.detach()",
                      name, name);
-    else if (call->problem.device_type == FC_CUDA)
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s requires a gradient, and flashcore %s computes gradients on the CPU alone, not on a GPU yet; "
-                     "call under torch.no_grad(), or pass %s.detach() to cut it off",
-                     name, fc_version(), name);
     else
         return 0;
     return -1;
@@ -323,11 +318,11 @@ static PyObject *finish_result(fc_result *result)
 /* ---- the run ---- */
 
 /* FLASHCORE_SLOW: error, warn (the default, once per reason) or allow. */
-static int report_slow(fc_state *state, const fc_attention_problem *problem, const fc_plan *plan)
+int fc_report_slow(fc_state *state, const fc_attention_problem *problem, const fc_plan *plan)
 {
     const char *mode = getenv("FLASHCORE_SLOW");
     bool is_error = mode != NULL && strcmp(mode, "error") == 0;
-    if (mode != NULL && strcmp(mode, "allow") == 0) return 0;
+    if (plan->slow == 0 || (mode != NULL && strcmp(mode, "allow") == 0)) return 0;
     if (!is_error && (plan->slow & ~state->slow_warned) == 0) return 0;
     char text[512];
     fc_plan_describe(problem, NULL, plan, text, sizeof text);
@@ -392,7 +387,7 @@ static int run(fc_call *call)
     if (problem->device_type == FC_CUDA) {
         fc_status status = fc_attention_plan(problem, NULL, &plan);
         if (status != FC_OK) return fc_raise_status(status);
-        if (plan.slow != 0 && report_slow(call->state, problem, &plan) != 0) return -1;
+        if (fc_report_slow(call->state, problem, &plan) != 0) return -1;
         if (order_streams(call, true) != 0) return -1;
     }
     fc_tensor first[FC_NUM_OPERANDS];

@@ -77,16 +77,11 @@ def zero_gradient(out: Any) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, Any]) -> None:
-    query, slopes = inputs[0], inputs[4]
+    slopes = inputs[4]
     if slopes is not None and slopes.requires_grad:
         raise NotImplementedError(
             "alibi_slopes requires a gradient, and flashcore computes none: slopes are constants to it; pass "
             "alibi_slopes.detach(), or give the slopes' term as an attn_mask, which has a gradient"
-        )
-    if query.is_cuda:
-        raise NotImplementedError(
-            "a gradient is required, and flashcore computes gradients on the CPU alone, not on a GPU yet; call under "
-            "torch.no_grad()"
         )
     ctx.save_for_backward(*inputs, *output)
     ctx.options = keyword_only_inputs
@@ -247,7 +242,7 @@ def call(*arrays: Any, **options: Any) -> Any:
 for _device in ("CPU", "CUDA"):
     _library.impl("attention", _forward, _device)
     _library.impl("attention", _autocast_on(_device.lower()), f"Autocast{_device}")
-_library.impl("attention_backward", _backward, "CPU")
+    _library.impl("attention_backward", _backward, _device)
 torch.library.register_fake("flashcore::attention", _fake_forward, lib=_library)
 torch.library.register_fake("flashcore::attention_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("flashcore::attention", _differentiate, setup_context=_save, lib=_library)

@@ -77,11 +77,27 @@ def _cuda(
     return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
 
 
-def _cuda_backward(*args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError(
-        "flashcore computes gradients on the CPU alone, not on a GPU yet; call under torch.no_grad(), or "
-        "torch.nn.attention.restore_flash_attention_impl() before training"
-    )
+def _cuda_backward(
+    dout: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    seed: Any,
+    offset: Any,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    options = {"is_causal": is_causal, "scale": scale, "diagonal": seqlen_k - seqlen_q if is_causal else 0}
+    saved = (query, key, value, None, None, None, out, lse)
+    return _C.backward(saved, dout, None, (True, True, True, False, False, False), options)[:3]
 
 
 class _Handle:
