@@ -1,8 +1,8 @@
 /*
  * plan_backward.c - plan.c for the backward: problem + device facts -> kernel, tiles, workspace. As pure.
  *
- * A row of plan.c's table serves both directions: on the CPU it is an instruction set, on a GPU its name stands among
- * the backward rows of variants.def too, which have tiles of their own.
+ * A row of plan.c's table serves both directions: on the CPU it is an instruction set, on a GPU its first columns stand
+ * among the backward rows of variants.def too, which have tiles of their own.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -11,32 +11,39 @@
 #include "cpu/backward.h"
 #include "internal.h"
 
-/* How a kernel does the backward. */
+/* How a kernel does the backward: that of this family, dtype, head_dim and mask. */
 struct backward_half {
-    const char *name; /* the kernel's begins so; its tile may be another */
-    fc_backward_launcher launcher;
+    enum fc_family family;
+    int32_t dtype, head_dim;
+    enum fc_mask_class mask;
+    fc_backward_launcher launcher; /* CUDA; NULL on the CPU */
     int32_t block_m, block_n, threads;
 };
 
-static const struct backward_half cpu_half = {"cpu", NULL, FC_CPU_BACKWARD_BLOCK_M, FC_CPU_BACKWARD_BLOCK_N, 0};
-static const struct backward_half cuda_halves[] = {
+/* Let the table below turn columns of variants.def into numbers. */
+enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
+
+static const struct backward_half halves[] = {
+    {fc_family_cpu, FC_NONE, 256, fc_mask_any, NULL, FC_CPU_BACKWARD_BLOCK_M, FC_CPU_BACKWARD_BLOCK_N, 0},
 #ifdef FC_WITH_CUDA
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
-    FC_IF_BUILT_##arch({#family "_" #dtype "_d" #head_dim "_" #mask "_",                                               \
+    FC_IF_BUILT_##arch({fc_family_##family, dtype_##dtype, head_dim, fc_mask_##mask,                                   \
                         fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, block_m,        \
                         block_n, threads}, )
 #include "variants.def"
 #endif
-    {NULL, NULL, 0, 0, 0},
 };
 
 /* NULL where the kernel has none. */
 static const struct backward_half *half_of(const fc_kernel *kernel)
 {
-    const struct backward_half *half = kernel->device_type == FC_CPU ? &cpu_half : cuda_halves;
-    while (half != &cpu_half && half->name != NULL && strncmp(half->name, kernel->name, strlen(half->name)) != 0)
-        half++;
-    return half->name == NULL ? NULL : half;
+    for (size_t i = 0; i < sizeof halves / sizeof *halves; i++) {
+        const struct backward_half *half = &halves[i];
+        if (half->family == kernel->family_id && half->dtype == kernel->dtype && half->head_dim == kernel->head_dim &&
+            half->mask == kernel->mask)
+            return half;
+    }
+    return NULL;
 }
 
 fc_backward_launcher fc_backward_launcher_of(int32_t kernel)
@@ -135,11 +142,8 @@ fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attentio
     int32_t chosen = 0;
     for (; chosen < fc_num_kernels; chosen++) {
         const fc_kernel *kernel = &fc_kernels[chosen];
-        if (!fc_kernel_runs_on(kernel, device) || !fc_kernel_is_named(kernel, problem->kernel) ||
-            !serves_arrays(kernel, args))
-            continue;
-        half = half_of(kernel);
-        if (half != NULL && has_tile(half, problem)) break;
+        if (!serves_arrays(kernel, args) || (half = half_of(kernel)) == NULL || !has_tile(half, problem)) continue;
+        if (fc_kernel_is_named(kernel, problem->kernel) && fc_kernel_runs_on(kernel, device)) break;
     }
     if (chosen == fc_num_kernels) return refuse(problem, args, device);
 
