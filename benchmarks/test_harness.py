@@ -13,6 +13,7 @@ import contenders as who
 import cpu
 import forward
 import harness
+import models
 import pytest
 import report
 import short
@@ -66,14 +67,17 @@ def test_markdown():
     assert table[2] == "| shape | cudnn | flash | flashcore | refusing | addcmul | ours / best | bar |"
     assert table[4] == "| row | 4.0 | 3.0 | **2.0** | - | 0.1 | 1.50 | MISS |"
     assert table[5] == "| row | **4.0** | - | 6.0 | - | 0.1 | 0.67 | - |"
+    assert report.markdown([judged], report.Table("none has it", ("gflops",))) == ""
 
 
-@pytest.mark.parametrize(("question", "count"), [(forward, 41), (short, 16)])
+@pytest.mark.parametrize(
+    ("question", "count"), [(forward.QUESTION, 41), (short.QUESTION, 16), (models.question("cuda"), 28)]
+)
 def test_shipped_bars_name_rows(question, count):
-    path = HERE / "bars" / f"{question.QUESTION.name}.json"
+    path = HERE / "bars" / f"{question.name}.json"
     bars = json.loads(path.read_text())
     bars.pop("about")
-    rows = [row.name for row in question.QUESTION.rows()]
+    rows = [row.name for row in question.rows()]
     assert len(bars) == count
     assert report.read_bars(str(path), rows) == bars
     assert len(set(rows)) == len(rows)
@@ -113,7 +117,7 @@ def ask(monkeypatch, tmp_path, capsys):
             cpu.QUESTION, rows=lambda: rows, contenders=lambda: [who.sdpa("sdpa", None), ours]
         )
         monkeypatch.setattr(harness, "require", lambda question, options: None)
-        monkeypatch.setattr(harness, "plan_of", lambda inputs: "a plan")
+        monkeypatch.setattr(who.Inputs, "explain", lambda inputs: "a plan")
         path = tmp_path / "result.json"
         status = harness.main(question, ["--quick", "--json", str(path), *arguments])
         return status, capsys.readouterr().out, json.loads(path.read_text())
