@@ -28,7 +28,9 @@ def ask(monkeypatch, tmp_path, capsys):
         if contenders:
             question = dataclasses.replace(question, contenders=lambda: contenders)
         path = tmp_path / "result.json"
-        status = harness.main(question, ["--quick", "--json", str(path), *arguments])
+        threads = torch.get_num_threads()
+        status = harness.main(question, ["--quick", "--threads", "1", "--json", str(path), *arguments])
+        torch.set_num_threads(threads)
         (row,) = json.loads(path.read_text())["results"]
         return status, capsys.readouterr().out, row
 
