@@ -335,10 +335,10 @@ def check(job: harness.Job) -> dict[str, dict[str, float]]:
 def measure(job: harness.Job) -> dict:
     figures = check(job)
     on_gpu = job.inputs[0].arguments["input_ids"].is_cuda
-    called = timers.called_times(job.single(), job.effort) if on_gpu else timers.wall_times(job.single(), job.effort)
-    times = {"": called}
+    calls = job.single()
+    times = {"": timers.called_times(calls, job.effort) if on_gpu else timers.wall_times(calls, job.effort)}
     if on_gpu and job.problem.what == "prefill":  # the others read a value back, which ends a queue
-        times = {"": timers.queued_times(job.single(), job.effort), "called_": called}
+        times = {"": timers.queued_times(calls, job.effort), "called_": times[""]}
     for prefix, samples in times.items():
         medians = {name: statistics.median(each) for name, each in samples.items()}
         for name, us in medians.items():

@@ -3,11 +3,14 @@ test_harness.py - the harness itself, on the CPU: what counts as best, when a ba
 noticed, and what a machine without a GPU is told. A stand-in plays our part, so that no build is needed.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
+import time
 
 import contenders as who
 import cpu
@@ -103,6 +106,23 @@ def test_percentile():
     samples = list(range(100, 0, -1))
     assert [timers.percentile(samples, percent) for percent in (50, 95, 99, 100)] == [50, 95, 99, 100]
     assert timers.percentile([7.0], 99) == 7.0
+
+
+def test_a_slow_host_is_in_the_time_as_called_alone():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that PyTorch can use")
+    x = torch.zeros(1, device="cuda")
+
+    def call():
+        x.add_(1)
+        time.sleep(0.002)
+        x.add_(1)
+
+    calls = {"slow": (call, contextlib.nullcontext)}
+    (called,), (queued,) = (take(calls, timers.QUICK).values() for take in (timers.called_times, timers.queued_times))
+    assert min(called) > 2_000
+    assert statistics.median(queued) < 500
 
 
 @pytest.fixture
