@@ -150,7 +150,7 @@ def plot(path: pathlib.Path, done: list[Run], compared: list[Comparison], captio
         for run in done:
             if run.dtype == each.dtype:
                 ours = run.contender == "flashcore"
-                style = {"color": "C1", "linestyle": "--"} if ours else {"color": "C0", "alpha": 0.6}
+                style = {"color": "C1", "linestyle": "--", "zorder": 3} if ours else {"color": "C0", "alpha": 0.6}
                 axes[0][column].plot(run.losses, label=f"{run.contender}, seed {run.seed}", **style)
         axes[0][column].set_title(each.dtype)
         axes[0][column].legend()
