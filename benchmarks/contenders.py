@@ -31,6 +31,12 @@ class Inputs:
     value: Any  # as key
     is_causal: bool
 
+    def explain(self) -> str:
+        """The plan of flashcore's call."""
+        import flashcore
+
+        return str(flashcore.explain(self.query, self.key, self.value, is_causal=self.is_causal))
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

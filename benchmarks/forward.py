@@ -52,7 +52,8 @@ def rows() -> list[harness.Row]:
 
 def measure(job: harness.Job) -> dict:
     times = timers.device_times(job.per_set(), job.effort)
-    return {name: {"us": statistics.median(samples)} for name, samples in times.items()}
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    return {name: {"us": us, "tflops": job.problem.flops / us / 1e6} for name, us in medians.items()}
 
 
 QUESTION = harness.Question(

