@@ -146,6 +146,19 @@ void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan)
     plan->num_groups = args->batch * args->num_heads_kv;
 }
 
+double fc_hopper_mean_keys(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, double *most)
+{
+    enum { SAMPLES = 8 };
+    double mean = 0;
+    *most = 0;
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        double keys = (double)visible_keys(args, row_tiles * (2 * i + 1) / (2 * SAMPLES) * block_m, block_m);
+        mean += keys / SAMPLES;
+        if (keys > *most) *most = keys;
+    }
+    return mean;
+}
+
 double fc_hopper_weight(const fc_kernel *kernel)
 {
     return kernel->head_dim <= 64 ? 1 : kernel->head_dim <= 128 ? 1.45 : 2.6;
@@ -156,20 +169,13 @@ double fc_hopper_weight(const fc_kernel *kernel)
  * an H100. */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
 {
-    enum { SAMPLES = 8 };
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
     int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
     double cost = (double)(256 + args->seqlen_k), load = cost * (double)rounds;
     if (kernel->mask != fc_mask_full) { /* tiles differ, and are dealt evenly */
-        double mean = 0, most = 0;
-        for (int64_t i = 0; i < SAMPLES; i++) {
-            double keys =
-                (double)visible_keys(args, row_tiles * (2 * i + 1) / (2 * SAMPLES) * kernel->block_m, kernel->block_m);
-            mean += (256 + keys) / SAMPLES;
-            if (256 + keys > most) most = 256 + keys;
-        }
-        load = mean * (double)plan->grid / (double)plan->num_blocks;
-        if (load < most) load = most;
+        double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
+        load = (256 + mean) * (double)plan->grid / (double)plan->num_blocks;
+        if (load < 256 + most) load = 256 + most;
     }
     double lost = kernel->head_dim > 128 ? 1 : kernel->block_m < 192 ? 1.2 : kernel->block_m > 192 ? 1.03 : 1;
     return 1000 + 0.088 * load * kernel->block_m * lost * fc_hopper_weight(kernel);

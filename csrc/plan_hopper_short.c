@@ -5,6 +5,8 @@
  * A block keeps its share of a head's keys and values in shared memory. Where they are too many, or where tiles are so
  * few that most multiprocessors would idle, a cluster of blocks shares them.
  */
+#include <math.h>
+
 #include "internal.h"
 
 enum { SMEM_BYTES = 227 * 1024, SM_SMEM_BYTES = 228 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
@@ -42,8 +44,9 @@ static int64_t blocks_that_fit(const fc_kernel *kernel, int64_t bytes)
 
 /*
  * Cycles beyond what every call costs. A warpgroup alone takes some 600 and then 850 for 64 keys or 1300 for 128; the
- * others of its block, which go in step with it, add 0.16 a row and key, those of other blocks 0.10; each further block
- * of a multiprocessor 600, and each further turn 5000. Measured on an H100 (docs/hopper_short.md).
+ * second of its block adds some 770 and 3 or 6 a key, and each further block 600 and 0.10 a row and key. Each further
+ * turn of a multiprocessor costs 6500 more; where a mask makes tiles unequal the long ones come first, and short ones
+ * fill the gaps, so turns need not be whole. Measured on an H100 (docs/hopper_short.md).
  */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device, int64_t tiles,
                        int64_t splits)
@@ -53,13 +56,19 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     int64_t per_sm = fc_divide_up(blocks, sms);
     /* Beside the last blocks of the kernel before, those of this one do not spread evenly. */
     if (fit > 1 && per_sm == 1 && 2 * blocks > sms) per_sm = 2;
-    int64_t turns = fc_divide_up(per_sm, fit), at_once = per_sm < fit ? per_sm : fit;
+    double more_turns = (double)(fc_divide_up(per_sm, fit) - 1), share = 1;
+    if (kernel->mask == fc_mask_band) {
+        double most;
+        share = fc_hopper_mean_keys(args, kernel->block_m, tiles / (args->batch * args->num_heads_q), &most) / most;
+        more_turns = fmax(0, (double)blocks / (double)(sms * fit) - 1);
+    }
+    bool is_wide = kernel->block_n == 128;
     double steps = (double)fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
-    double keys = steps * kernel->block_n, alone = 600 + steps * (kernel->block_n == 128 ? 1300 : 850);
-    double in_step = 0.16 * (kernel->block_m - 64) * keys;
-    double beside = (double)(at_once - 1) * (600 + 0.10 * kernel->block_m * keys);
-    double join = splits > 1 ? 1500 : 0;
-    return ((alone + in_step + beside) * fc_hopper_weight(kernel) + join + 5000) * (double)turns - 5000;
+    double keys = steps * kernel->block_n, alone = 600 + steps * (is_wide ? 1300 : 850);
+    if (kernel->block_m > 64) alone += 770 + (is_wide ? 6.4 : 3.2) * keys;
+    double beside = (double)((per_sm < fit ? per_sm : fit) - 1) * (600 + 0.10 * kernel->block_m * keys * share);
+    double weight = fc_hopper_weight(kernel), join = splits > 1 ? 1500 : 0;
+    return (alone + beside) * weight + join + more_turns * ((alone * share + beside) * weight + join + 6500);
 }
 
 double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,

@@ -250,9 +250,11 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
     for scores so large that rounding them to the precision loses the answer: a result of zeros never passes.
 
     lse has no cap but two more terms, eps |lse| and eps times the largest product of norms |scale| |q_i| |k_j|: each
-    row's lse is about its largest score, and a score is a sum whose terms may cancel. Its yardstick is the formula in
-    float32, for the log of a float32 sum never was a low-precision number; and the error of that is taken relative
-    to 1 + |lse|, since a mask of finfo.min makes an lse of 1e38 beside rows of 5.
+    row's lse is about its largest score, and a score is a sum whose terms may cancel. For the 16-bit types that counts
+    once for each 32 of head_dim: a tensor core adds 16 products at a time and cuts off what its float32 sum cannot
+    hold, half a unit on the average and always downwards (cuDNN and FlashAttention show the same). Its yardstick is the
+    formula in float32, for the log of a float32 sum never was a low-precision number; and the error of that is taken
+    relative to 1 + |lse|, since a mask of finfo.min makes an lse of 1e38 beside rows of 5.
     """
     out, lse = attention(query, key, value, *args, **options)
     rough_out, _ = rounded(query, key, value, *args, **options)
@@ -266,6 +268,7 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
     heads = [x.astype(np.float64) for x in (query, key)]
     norms = [_largest(np.linalg.norm(x, axis=-1)) for x in heads]
     reach = unit * norms[0] * norms[1]
+    cuts = max(1, query.shape[-1] / 32) if query.dtype.itemsize == 2 else 1
     if options.get("layout") == "bshd":
         heads = [x.swapaxes(-3, -2) if x.ndim > 2 else x for x in heads]
     with np.errstate(invalid="ignore"):
@@ -277,7 +280,7 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
         out,
         lse,
         min(float(out_bound), _largest(out) / 2),
-        2 * relative * (1 + size) + eps * (8 + size + reach),
+        2 * relative * (1 + size) + eps * (8 + size + cuts * reach),
     )
 
 

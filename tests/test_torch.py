@@ -197,3 +197,23 @@ def test_tensor_without_storage() -> None:
 def test_fetch_helper_keeps_bfloat16() -> None:
     x = qkv(dtype=torch.bfloat16)[0]
     assert (torch.from_numpy(fetch(x).astype("float32")) == x.float()).all()
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_results_lie_in_memory_as_the_query_does(order: tuple[int, ...], layout: str) -> None:
+    """As PyTorch's: a model that transposed a projection's result transposes back without a copy."""
+    query, key, value = (torch.randn(2, 5, 4, 16).permute(order) for _ in range(3))
+    out = flashcore.attention(query, key, value, layout=layout)
+    assert out.shape == query.shape
+    assert out.stride() == torch.empty_like(query).stride()
+    plain = flashcore.attention(*(x.contiguous() for x in (query, key, value)), layout=layout)
+    assert same_bits(out.contiguous(), plain)
+    narrow = flashcore.attention(query, key, value[..., :6], layout=layout)
+    assert narrow.is_contiguous() == query.is_contiguous()
+    assert same_bits(narrow.contiguous(), plain[..., :6].contiguous())
+    packed = torch.randn(2, 5, 4, 48)  # a fused projection's result, of which these are views
+    views = [x if layout == "bshd" else x.transpose(1, 2) for x in packed.split(16, dim=-1)]
+    out = flashcore.attention(*views, layout=layout)
+    assert out.is_contiguous() == (layout == "bshd")
+    assert (out if layout == "bshd" else out.transpose(1, 2)).is_contiguous()

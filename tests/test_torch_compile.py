@@ -93,6 +93,16 @@ def test_lengths_share_a_compilation(options: dict[str, Any], training: bool) ->
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_strides_are_those_of_the_eager_call(layout: str) -> None:
+    """Inductor trusts what the fake kernel says of them."""
+    arrays = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv()]
+    function = lambda *x: flashcore.attention(*x, layout=layout)  # noqa: E731
+    out, plain = compiled(function)[0](*arrays), function(*arrays)
+    assert out.stride() == plain.stride() != torch.empty(plain.shape).stride()
+    assert torch.ops.flashcore.attention(*(x.to("meta") for x in arrays), layout=layout)[0].stride() == plain.stride()
+
+
 def test_gradients_of_mask_and_sinks() -> None:
     arrays = [x.requires_grad_() for x in (*qkv(9, 11, heads_kv=2), torch.randn(9, 11), torch.randn(4))]
 

@@ -143,7 +143,8 @@ def test_compiled_whole() -> None:
 
 
 def arrays() -> list[Any]:
-    return [torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    """As a model's projections make them: [batch, rows, heads, width] in memory, seen with heads before rows."""
+    return [torch.randn(2, 6, 4, 8, generator=torch.Generator().manual_seed(i)).transpose(1, 2) for i in range(3)]
 
 
 def test_sinks_and_position_bias(calls: list[Any]) -> None:

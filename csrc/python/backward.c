@@ -102,8 +102,8 @@ static int make_gradient(fc_gradients *g, int which)
     }
     if (!input->kind.is_torch || is_row_major(input)) { /* of the fewest microseconds */
         PyObject *finish = NULL;                        /* of kinds that cannot be written, JAX's arrays */
-        if (fc_result_new(call->state, input, known[which].name, input->dtype, input->ndim, input->shape, call->stream,
-                          array, &g->gradients[which], &finish) != 0)
+        if (fc_result_new(call->state, input, known[which].name, input->dtype, input->ndim, input->shape, false,
+                          call->stream, array, &g->gradients[which], &finish) != 0)
             return -1;
         if (finish != NULL) {
             Py_DECREF(finish);
@@ -152,8 +152,8 @@ static int make_workspace(fc_gradients *g, uint64_t bytes)
     }
     int64_t count = (int64_t)(bytes / sizeof(float));
     PyObject *finish = NULL;
-    if (fc_result_new(g->call.state, &g->call.arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, g->call.stream,
-                      &g->workspace_array, &g->workspace_object, &finish) != 0)
+    if (fc_result_new(g->call.state, &g->call.arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, false,
+                      g->call.stream, &g->workspace_array, &g->workspace_object, &finish) != 0)
         return -1;
     Py_XDECREF(finish);
     g->workspace = g->workspace_array.data;

@@ -16,14 +16,24 @@ static void allocator_error(void *context, const char *kind, const char *message
                  message != NULL ? message : "no reason given");
 }
 
-static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, fc_array *array)
+static void swap(int64_t *x, int i, int j)
+{
+    int64_t kept = x[i];
+    x[i] = x[j];
+    x[j] = kept;
+}
+
+/* The API makes row-major arrays alone, so one with two dimensions changed in memory is made as its transpose. */
+static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, bool swapped,
+                                 fc_array *array)
 {
     const dl_exchange_api *api = query->kind.api;
     int64_t sizes[FC_MAX_NDIM], strides[FC_MAX_NDIM], step = 1;
+    for (int i = 0; i < ndim; i++) sizes[i] = shape[i];
+    if (swapped) swap(sizes, ndim - 3, ndim - 2);
     for (int i = ndim - 1; i >= 0; i--) {
-        sizes[i] = shape[i];
         strides[i] = step;
-        step *= shape[i] > 0 ? shape[i] : 1;
+        step *= sizes[i] > 0 ? sizes[i] : 1;
     }
     dl_tensor prototype = {.ndim = ndim, .shape = sizes, .strides = strides};
     prototype.device = (dl_device){query->device_type == FC_CUDA ? DL_CUDA : DL_CPU, query->device_id};
@@ -34,6 +44,10 @@ static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim,
         return NULL;
     }
     void *object = NULL;
+    if (swapped && managed->tensor.strides != NULL) {
+        swap(managed->tensor.shape, ndim - 3, ndim - 2);
+        swap(managed->tensor.strides, ndim - 3, ndim - 2);
+    }
     if (fc_array_from_dl(array, &managed->tensor) != 0) {
         if (managed->deleter != NULL) managed->deleter(managed);
         return NULL;
@@ -77,13 +91,14 @@ done:
 }
 
 int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
-                  const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish)
+                  const int64_t *shape, bool swapped, void *stream, fc_array *array, PyObject **object,
+                  PyObject **finish)
 {
     *array = (fc_array){.name = name, .kind = query->kind};
     *object = *finish = NULL;
     switch (query->kind.protocol) {
     case FC_BY_EXCHANGE:
-        *object = new_by_exchange(query, dtype, ndim, shape, array);
+        *object = new_by_exchange(query, dtype, ndim, shape, swapped, array);
         break;
     case FC_BY_NUMPY:
         *object = fc_numpy_new(state, query, dtype, ndim, shape, array);

@@ -52,6 +52,8 @@ def _fake_forward(query: Any, key: Any, value: Any, *others: Any, layout: str = 
             f"layout {layout!r}: batch and key's head_dim and length must agree, and query's heads be a multiple"
         )
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    if query.stride(1) < query.stride(2):  # as the kernels lay it out: in the query's order
+        out = query.new_empty((batch, query.shape[2], query.shape[1], value.shape[-1])).transpose(1, 2)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((batch, heads, rows), dtype=lse_dtype)
 

@@ -34,6 +34,20 @@ __device__ __forceinline__ void load_tile(Element (&tile)[SLABS][ROWS][64], cons
         cp_async_bulk_tensor(shared_address(tile[slab]), &map, full, 64 * slab, row, head, batch);
 }
 
+/* Brings keys and values that a tile will read into the L2 cache, each by one of the tiles of rows that read them. One
+ * thread, before griddepcontrol_wait: what the kernel before still writes lands in the same cache. */
+template <class Params> __device__ __forceinline__ void prefetch_keys(const Params &params, const tile_work &work)
+{
+    const int row_tiles = (int)params.schedule.row_tiles;
+#pragma unroll 1
+    for (int j = work.end - 1 - work.row / BLOCK_M; j >= work.first; j -= row_tiles)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; slab++) {
+            cp_async_bulk_prefetch_tensor(&params.key, 64 * slab, j * BLOCK_N, work.head_kv, work.batch);
+            cp_async_bulk_prefetch_tensor(&params.value, 64 * slab, j * BLOCK_N, work.head_kv, work.batch);
+        }
+}
+
 /* Those of a forward call's inputs, in boxes of the kernel's tiles. Without keys nothing is copied; the maps must be
  * valid all the same. */
 static cudaError_t make_tensor_maps(CUtensorMap *query, CUtensorMap *key, CUtensorMap *value,

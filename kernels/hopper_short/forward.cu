@@ -114,6 +114,8 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+    /* Gains 2 to 5% where a tile has 128 keys, and costs up to 10% where it has 64. */
+    if (BLOCK_N == 128 && threadIdx.x == 64) fc::prefetch_keys(params, work);
     __syncthreads();
     if (num_splits > 1) barrier_cluster_arrive_relaxed(); /* this block's barriers are there */
     griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */

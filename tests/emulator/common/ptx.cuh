@@ -103,6 +103,7 @@ inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32
     it.settle();
 }
 inline void prefetch_tensormap(const CUtensorMap *) {}
+inline void cp_async_bulk_prefetch_tensor(const CUtensorMap *, int, int, int, int) {}
 
 inline void st_async(uint32_t address, uint32_t barrier, float x, float y, float z, float w)
 {
