@@ -156,7 +156,12 @@ def philox(counter: Array, key: Array) -> Array:
     low = np.uint64(2**32 - 1)
     for _ in range(10):
         left, right = word[0] * np.uint64(0xD2511F53), word[2] * np.uint64(0xCD9E8D57)
-        word = [(right >> 32) ^ word[1] ^ key_of_round[0], right & low, (left >> 32) ^ word[3] ^ key_of_round[1], left & low]
+        word = [
+            (right >> 32) ^ word[1] ^ key_of_round[0],
+            right & low,
+            (left >> 32) ^ word[3] ^ key_of_round[1],
+            left & low,
+        ]
         key_of_round = [
             k + np.uint64(weyl) & low for k, weyl in zip(key_of_round, (0x9E3779B9, 0xBB67AE85), strict=True)
         ]
