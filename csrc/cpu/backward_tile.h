@@ -292,8 +292,8 @@ static void draw_row(const block *t, const struct run *run, int64_t row)
     const uint32_t keep_below = t->args->keep_below;
     for (int64_t key = run->begin / FC_DRAW_COLUMNS * FC_DRAW_COLUMNS; key < run->end; key += FC_DRAW_COLUMNS)
         for (int lane = 0; lane < FC_DRAW_LANES; lane++) {
-            fc_random random = fc_draw(t->draw_key.word[0], t->draw_key.word[1], t->first_row + row, t->first_key + key,
-                                       lane);
+            fc_random random =
+                fc_draw(t->draw_key.word[0], t->draw_key.word[1], t->first_row + row, t->first_key + key, lane);
             for (int n = 0; n < FC_DRAW_WORDS; n++)
                 t->drop[key + n * FC_DRAW_LANES + lane] = random.word[n] < keep_below ? scale : 0;
         }

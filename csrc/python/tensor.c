@@ -123,8 +123,8 @@ static int describe_dtype(fc_array *array, dl_dtype dtype)
     array->dtype = !array->is_seed ? fc_dtype_from_dl(dtype) : is_integer ? fc_dtype_of_seed(dtype.bits) : FC_NONE;
     if (array->dtype != FC_NONE) return 0;
     static const char *const words[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: %s",
-                 array->name, dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
+    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: %s", array->name,
+                 dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
                  dtype.lanes == 1 ? "" : " vector", dtype.code, dtype.lanes,
                  array->is_seed ? ALLOWED_SEEDS : ALLOWED_DTYPES);
     return -1;

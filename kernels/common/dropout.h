@@ -1,12 +1,13 @@
 /*
  * dropout.h - dropout's random numbers, of which every kernel makes the same ones, in either direction.
  *
- * The generator is Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), a function from a
- * counter and a key to four random words. flashcore.h says how it is used: each head of a call has a key of its own,
+ * The generator is Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), a function from
+ * a counter and a key to four random words. flashcore.h says how it is used: each head of a call has a key of its own,
  * and the number of (row, column) is then a function of these two. It does not know tiles, threads or kernels.
  *
- * The trick: the four words are those of columns 16 apart. On a GPU a thread holds columns of one row that are 8 or 16
- * apart, and on a CPU the lanes are neighbours, so neither draws a word that it has no use for.
+ * The trick: the four words are those of columns 16 apart. On a CPU the lanes are neighbouring rows or columns, which
+ * so take the same word of neighbouring draws; on a GPU a thread holds columns that are 8 or 16 apart. Neither draws a
+ * word that it has no use for, or has to sort them.
  *
  * In the part of C that CUDA has too.
  */
@@ -21,7 +22,7 @@
 #define FC_EVERYWHERE static inline __attribute__((always_inline))
 #endif
 
-/* Draws are of FC_DRAW_COLUMNS columns, from a multiple of it on: lane i of FC_DRAW_LANES gives i, i + 16, i + 32, ... */
+/* A draw is of FC_DRAW_COLUMNS columns, the first a multiple of it; lane i of it gives i, i + 16, i + 32, i + 48. */
 enum { FC_DRAW_LANES = 16, FC_DRAW_WORDS = 4, FC_DRAW_COLUMNS = FC_DRAW_LANES * FC_DRAW_WORDS };
 
 typedef struct fc_random {

@@ -15,10 +15,10 @@
  *     dk:  key, value     query, dout, query        dp = c [BLOCK_M][head_dim_v] @ d [BLOCK_N][head_dim_v].T
  *     dv:  key            query, -, dout            gradient += w(s, dp) [BLOCK_M][BLOCK_N] @ x [BLOCK_N][HEAD_DIM]
  *
- * with w = p (dv) or p (dp - delta); dropout's factors go to the p of dv and to dp. So dk and dv see a tile of scores transposed, nothing else differs, and a thread
- * has one gradient in its registers; the price is eight products where a kernel with more registers would have five.
- * `a` stays in shared memory, all else passes through one buffer in chunks, which keeps a block inside the 64 KiB of
- * sm_75.
+ * with w = p (dv) or p (dp - delta); dropout's factors go to the p of dv and to dp. So dk and dv see a tile of scores
+ * transposed, nothing else differs, and a thread has one gradient in its registers; the price is eight products where a
+ * kernel with more registers would have five. `a` stays in shared memory, all else passes through one buffer in chunks,
+ * which keeps a block inside the 64 KiB of sm_75.
  */
 #include <cuda_runtime.h>
 
