@@ -104,7 +104,11 @@ def _check_mask(weights: Array, p: float, visible: Array | bool = True, seed: Ar
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 500])
-@pytest.mark.parametrize("options", [{}, {"window": (37, 11)}, {"layout": "bshd"}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": (37, 11)}, {"window": (9, 70), "diagonal": 99}, {"layout": "bshd"}, {"softcap": 3.0}],
+    ids=str,
+)
 def test_every_kernel_drops_the_same(kernel: Kernel, dtype: str, keys: int, options: dict[str, Any]) -> None:
     """Whatever its tiles, in whatever part of one a weight lies, and from where on it walks."""
     swap = options.get("layout") == "bshd"
@@ -115,7 +119,7 @@ def test_every_kernel_drops_the_same(kernel: Kernel, dtype: str, keys: int, opti
         out = fetch(flashcore.attention(*sent, dropout_p=0.4, dropout_seed=seed, **options)).astype(np.float32)
         return out.swapaxes(1, 2) if swap else out
 
-    band = {name: x for name, x in options.items() if name == "window"}
+    band = {name: x for name, x in options.items() if name in ("window", "diagonal")}
     weights = _weights(attention, DTYPES[dtype], heads=(6, 2), keys=keys)
     _check_mask(weights, 0.4, reference.visible_band(70, keys, **band)[0])
 

@@ -138,7 +138,7 @@ def test_autocast() -> None:
 
 
 def test_the_operator_draws_nothing() -> None:
-    import flashcore.torch  # noqa: F401  registers it
+    import flashcore.torch
 
     q, k, v = (x.detach() for x in qkv())
     out, _ = torch.ops.flashcore.attention(q, k, v, None, None, None, SEED, dropout_p=0.3)
@@ -384,7 +384,7 @@ def test_replays_of_a_graph_drop_other_weights(given: bool) -> None:
 
 @pytest.mark.gpu
 def test_pytorchs_cuda_operator_hands_out_its_seed() -> None:
-    import flashcore.torch  # noqa: F401  lists the name
+    import flashcore.torch
 
     q, k, v = (torch.randn(2, 4, 100, 64, device="cuda", dtype=torch.float16) for _ in range(3))
     torch.nn.attention.activate_flash_attention_impl("flashcore")
