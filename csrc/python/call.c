@@ -242,19 +242,21 @@ static int check_gradient(const fc_call *call)
     return -1;
 }
 
+static int order_stream(const fc_call *call, const fc_array *array, bool before)
+{
+    if (!array->has_stream || array->stream == call->stream) return 0;
+    fc_status status = before ? fc_stream_order(call->problem.device_id, array->stream, call->stream)
+                              : fc_stream_order(call->problem.device_id, call->stream, array->stream);
+    return status == FC_OK ? 0 : fc_raise_status(status);
+}
+
 /* Producers on other streams: their work before ours, or (after the launch) ours before what they do next. */
 static int order_streams(fc_call *call, bool before)
 {
     if (call->problem.device_type != FC_CUDA) return 0;
-    for (int operand = 0; operand <= FC_NUM_OPERANDS; operand++) {
-        const fc_array *array = operand < FC_NUM_OPERANDS ? &call->arrays[operand] : &call->seed;
-        bool has = operand < FC_NUM_OPERANDS ? call->has[operand] : call->has_seed;
-        if (!has || !array->has_stream || array->stream == call->stream) continue;
-        fc_status status = before ? fc_stream_order(call->problem.device_id, array->stream, call->stream)
-                                  : fc_stream_order(call->problem.device_id, call->stream, array->stream);
-        if (status != FC_OK) return fc_raise_status(status);
-    }
-    return 0;
+    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
+        if (call->has[operand] && order_stream(call, &call->arrays[operand], before) != 0) return -1;
+    return call->has_seed ? order_stream(call, &call->seed, before) : 0;
 }
 
 int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
