@@ -341,9 +341,9 @@ static void drop_granule(const tile *t, int granule, int64_t first, int64_t last
             }
             for (int n = 0; n < FC_DRAW_WORDS; n++) {
                 int64_t key = drawn + n * FC_DRAW_LANES + lane;
-                real *score = t->score + (key - begin) * BLOCK_M + row;
-                for (int i = 0; i < GRANULE && key >= first && key < last; i++)
-                    score[i] *= words[n][i] < keep_below ? scale : 0;
+                bool inside = key >= first && key < last;
+                real *probability = t->score + (inside ? key - begin : 0) * BLOCK_M + row;
+                for (int i = 0; i < GRANULE && inside; i++) probability[i] *= words[n][i] < keep_below ? scale : 0;
             }
         }
 }
