@@ -217,9 +217,25 @@ static fc_status check_options(const fc_attention_problem *p)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 "; allowed: -2^60 to 2^60", p->diagonal);
     fc_status status = fc_check_blocks(p->block_m, p->block_n);
     if (status != FC_OK) return status;
+    if (!(p->dropout_p >= 0 && p->dropout_p <= 1)) /* NaN too */
+        return fc_fail(FC_INVALID, "dropout_p is %g; allowed: 0 to 1", p->dropout_p);
     if (p->num_threads < 0)
         return fc_fail(FC_INVALID, "num_threads is %" PRId32 "; allowed: 0 for the default, or 1 and up",
                        p->num_threads);
+    return check_extent("first_batch", p->first_batch, 0, MAX_EXTENT);
+}
+
+static fc_status check_seed(const fc_attention_problem *p, bool need_data)
+{
+    if (p->dropout_p == 0 || !need_data) return FC_OK;
+    if (p->dropout_seed == NULL)
+        return fc_fail(FC_INVALID,
+                       "dropout_p is %g and dropout_seed is NULL; point it at two 64-bit numbers on the problem's "
+                       "device, a seed and an offset, of which each call has others",
+                       p->dropout_p);
+    if ((uintptr_t)p->dropout_seed % sizeof(uint64_t) != 0)
+        return fc_fail(FC_INVALID, "dropout_seed is %p, not aligned to its 8-byte numbers; copy them",
+                       (const void *)p->dropout_seed);
     return FC_OK;
 }
 
@@ -242,6 +258,16 @@ static void resolve_band(const fc_attention_problem *p, fc_forward_args *args)
     args->diagonal = diagonal;
 }
 
+static void resolve_dropout(const fc_attention_problem *p, fc_forward_args *args)
+{
+    if (p->dropout_p == 0) return;
+    double keep = nearbyint((1 - p->dropout_p) * 0x1p32);
+    args->keep_below = keep < 0x1p32 ? (uint32_t)keep : UINT32_MAX;
+    args->keep_scale = p->dropout_p < 1 ? 1 / (1 - p->dropout_p) : 1;
+    args->dropout_seed = p->dropout_seed;
+    args->first_batch = p->first_batch;
+}
+
 fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attention_problem *problem,
                    fc_forward_args *args)
 {
@@ -254,6 +280,7 @@ fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attenti
     if ((status = check_shapes(p)) != FC_OK) return status;
     if ((status = check_tensors(p, need_data)) != FC_OK) return status;
     if ((status = check_options(p)) != FC_OK) return status;
+    if ((status = check_seed(p, need_data)) != FC_OK) return status;
 
     memset(args, 0, sizeof *args);
     args->query = p->query;
@@ -274,5 +301,6 @@ fc_status fc_check(const fc_attention_problem *given, bool need_data, fc_attenti
     args->scale = (p->flags & FC_SCALE) ? p->scale : 1.0 / sqrt((double)p->head_dim);
     args->softcap = p->softcap;
     resolve_band(p, args);
+    resolve_dropout(p, args);
     return FC_OK;
 }

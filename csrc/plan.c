@@ -152,7 +152,7 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
     if (kernel->mask != fc_mask_any && kernel->mask != needs->mask) return false;
     if (!is_of_hopper(kernel)) return true;
-    if (!needs->hopper_reads || num_tiles(args, kernel) > INT32_MAX / 8) return false;
+    if (!needs->hopper_reads || args->keep_scale != 0 || num_tiles(args, kernel) > INT32_MAX / 8) return false;
     return kernel->family_id == fc_family_hopper || fc_hopper_short_serves(args, kernel);
 }
 
@@ -168,6 +168,12 @@ void fc_append(char *list, size_t size, const char *item)
 static void append_choice(char *list, size_t size, const fc_kernel *kernel)
 {
     fc_append(list, size, kernel->device_type == FC_CPU ? kernel->name : kernel->family);
+}
+
+/* Why Hopper's kernels serve no such problem, to stand behind a sentence; "" where that is not known here. */
+static const char *hopper_lacks(const fc_forward_args *args)
+{
+    return args->keep_scale != 0 ? "; Hopper's kernels have no dropout" : fc_hopper_reads_what(args);
 }
 
 /* No row serves: says which condition failed last, and what is there. */
@@ -227,7 +233,7 @@ static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *ar
                    where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
                    args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "",
                    p->kernel != NULL && strncmp(p->kernel, "hopper", 6) == 0 && fc_dtype_bytes(args->query.dtype) == 2
-                       ? fc_hopper_reads_what(args)
+                       ? hopper_lacks(args)
                        : "");
 }
 
@@ -351,7 +357,7 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
     else if (plan->slow & FC_SLOW_NO_FAST_KERNEL)
         snprintf(why, sizeof why, "no faster kernel serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here%s",
                  fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, mask_name(args),
-                 device->compute_capability == 90 && args->query.dtype != FC_FLOAT32 ? fc_hopper_reads_what(args) : "");
+                 device->compute_capability == 90 && args->query.dtype != FC_FLOAT32 ? hopper_lacks(args) : "");
     else
         snprintf(why, sizeof why, "%s serves %s, head_dim %" PRId64 "/%" PRId64 ", %s mask here",
                  is_of_hopper(kernel) ? "it is estimated the fastest that" : "it is the first that",

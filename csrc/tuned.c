@@ -20,15 +20,15 @@
 enum {
     DTYPE_BITS = 3,
     BAND_BITS = 2,
-    OPTION_BITS = 6,
+    OPTION_BITS = 7,
     DIM_BITS = 4,  /* head dimensions, in steps of 32 */
     SIZE_BITS = 7, /* all other sizes, in steps of half an octave */
 };
 enum { STEP_OF_DIM = 32 };
 #define MOST_HEADS (INT64_C(1) << 60)
 enum { OPEN, CAUSAL, WINDOW }; /* band: hides nothing; the keys on the right; keys on the left */
-static const char *const option_names[OPTION_BITS] = {"a bool mask", "an added mask", "alibi",
-                                                      "sinks",       "softcap",       "scale <= 0"};
+static const char *const option_names[OPTION_BITS] = {"a bool mask", "an added mask", "alibi",  "sinks",
+                                                      "softcap",     "scale <= 0",    "dropout"};
 
 /* Sizes are rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ...; this is the number of the step. */
 static uint64_t step_of(int64_t size)
@@ -55,6 +55,7 @@ static uint64_t options_of(const fc_forward_args *args)
         args->sinks.dtype != FC_NONE,
         args->softcap != 0,
         !((float)args->scale > 0),
+        args->keep_scale != 0,
     };
     uint64_t bits = 0;
     for (int i = 0; i < OPTION_BITS; i++) bits |= (uint64_t)has[i] << i;

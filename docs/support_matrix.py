@@ -12,6 +12,10 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- support matrix: docs/support_matrix.py --write -->\n", "<!-- end of support matrix -->\n"
 
 
+# What a family's masks say of the options it serves.
+OPTIONS = {frozenset({"any"}): "all", frozenset({"full", "band", "general"}): "all but dropout"}
+
+
 def matrix() -> str:
     """A row per family: dtypes, masks, the largest head_dim it serves and the GPUs it runs on."""
     rows: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -30,7 +34,7 @@ def matrix() -> str:
         most = max(max(dims) for dims in dtypes.values())
         lines.append(
             f"| {family} | NVIDIA GPUs, {where} | {', '.join(dtypes)} | 1 to {most} "
-            f"| {'all' if masks[family] in ({'any'}, {'full', 'band', 'general'}) else ', '.join(masks[family])} "
+            f"| {OPTIONS.get(frozenset(masks[family])) or ', '.join(masks[family])} "
             f"| {'yes' if family in backward else 'by portable'} |"
         )
     for isa in ("AVX-512", "AVX2", "baseline"):

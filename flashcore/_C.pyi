@@ -28,6 +28,7 @@ def attention(
     stream: Any = None,
     block_m: int | None = None,
     block_n: int | None = None,
+    dropout_seed: Any = None,
 ) -> Any:
     """Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.
 
@@ -53,13 +54,13 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def backward(
     saved: tuple[Any, ...], dout: Any, dlse: Any, wanted: tuple[bool, ...], options: dict[str, Any], /
 ) -> tuple[Any, ...]:
-    """Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).
+    """Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., dropout_seed=..., **options).
 
-    saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's results; dout
-    and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six; the result is
-    as long, and has their gradients, None where not wanted (nobody may want that of alibi_slopes). A gradient has its
-    input's shape, dtype and, for torch tensors, order in memory. One batch dimension at most, which query, key and
-    value share. On the CPU.
+    saved is (query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed, out, lse), the last two being the call's
+    results; dout and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six;
+    the result is as long, and has their gradients, None where not wanted (nobody may want that of alibi_slopes). A
+    gradient has its input's shape, dtype and, for torch tensors, order in memory. One batch dimension at most, which
+    query, key and value share. On the CPU.
 
     Raises what attention(...) would raise, and ValueError for arrays that do not fit it.
     """

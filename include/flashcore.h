@@ -22,6 +22,18 @@
  * 2022), so memory is linear in the sequence length. Sums are float32 (float64 for float64 arrays).
  * A row that sees no key gives out 0, and lse -inf (with a sink: the sink); never NaN.
  *
+ * Dropout (Srivastava et al., 2014), where dropout_p is not 0, comes after the softmax, and lse knows nothing of it:
+ *
+ *     out_i = sum_j drop_ij softmax_j(score) v_j       drop_ij = 1 / (1 - dropout_p) where x_ij < keep, else 0
+ *     keep  = (1 - dropout_p) 2^32, rounded, at most 2^32 - 1; with dropout_p = 1 nothing is kept, and out is 0
+ *
+ * x_ij is a random 32-bit number, a function of seed, offset, batch, head, row i and column j alone: the same in each
+ * kernel, on each device, in both directions. Of Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy
+ * as 1, 2, 3"), with P(c, k) its four words for counter c and key k, a 64-bit number standing for two words, low first:
+ *
+ *     key  = the first two words of P((offset, (first_batch + batch) * num_heads_q + head), seed)
+ *     x_ij = word j / 16 % 4 of P((j / 64 * 16 + j % 16, i), key)
+ *
  * Rules for all of it:
  * - Every struct begins with its own size. Zero in any field means the default. A newer caller's larger
  *   struct is accepted as long as the part this library does not know is all zero.
@@ -130,6 +142,13 @@ typedef struct fc_attention_problem {
     int64_t window_right; /* >= 0, read only with FC_WINDOW_RIGHT */
     int64_t diagonal;     /* d = j - i - diagonal; 0 is PyTorch's (upper left) */
     const char *kernel;   /* force this kernel or family, by the name fc_kernel_name gives; NULL: choose */
+
+    double dropout_p;             /* 0 to 1: how likely a weight is dropped; 0: none */
+    const uint64_t *dropout_seed; /* two numbers, seed and offset, on the problem's device, 8-byte aligned; read only
+                                     where dropout_p is not 0, and on a GPU when the kernel runs: the replay of a CUDA
+                                     graph sees what was written there since. No two calls should share both */
+    int64_t first_batch;          /* what batch 0 is called in dropout's numbers: for a problem that is computed in
+                                     several calls, the batches of the calls before */
 } fc_attention_problem;
 
 /*
@@ -283,6 +302,10 @@ FC_API void fc_tuned_clear(void);
  *     dq_i    = sum_j dr_ij k_j        dk_j    = sum_i dr_ij q_i        dv_j    = sum_i p_ij dout_i
  *     dbias_ij = ds_ij                 dsink   = - sum_i exp(sink - lse_i) delta_i
  *
+ * With dropout, the same drop_ij as in the forward, and all else as it stands:
+ *
+ *     ds_ij   = p_ij (drop_ij dout_i . v_j - delta_i)      dv_j = sum_i drop_ij p_ij dout_i
+ *
  * (FlashAttention's backward; dout is the literature's dO, a name that C has taken.) dk and dv sum over the query
  * heads that share a key/value head. A row that sees no key gives zero gradients, whatever its dout holds; never NaN.
  *
@@ -296,7 +319,8 @@ typedef struct fc_backward_problem {
 
     /* The problem as fc_attention_forward was given it, every option included. Its out and lse, which that call
      * wrote, are read here, so lse must have been asked for. Its kernel, block_m and block_n chose a forward kernel
-     * and are not read. It is read during the call and belongs to the caller. */
+     * and are not read. It is read during the call and belongs to the caller. With dropout, what dropout_seed points
+     * at must hold what the forward read there. */
     const fc_attention_problem *forward;
 
     fc_tensor dout; /* [batch, num_heads_q, seqlen_q, head_dim_v], query's dtype; any strides, 0 too */

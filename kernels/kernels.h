@@ -33,7 +33,11 @@ typedef struct fc_forward_args {
     int64_t band_left, band_right;
     int64_t diagonal;
     double scale;
-    double softcap; /* 0: none */
+    double softcap;    /* 0: none */
+    double keep_scale; /* of the weights that dropout keeps; 0: no dropout, and the next three mean nothing */
+    const uint64_t *dropout_seed; /* seed and offset, on the device; common/dropout.h draws from them */
+    int64_t first_batch;          /* added to the batch's number there */
+    uint32_t keep_below;          /* a weight is kept where its random number is less */
 } fc_forward_args;
 
 /* A backward problem, resolved. */

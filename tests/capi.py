@@ -51,6 +51,9 @@ class Problem(ctypes.Structure):
         ("window_right", ctypes.c_int64),
         ("diagonal", ctypes.c_int64),
         ("kernel", ctypes.c_char_p),
+        ("dropout_p", ctypes.c_double),
+        ("dropout_seed", ctypes.c_void_p),
+        ("first_batch", ctypes.c_int64),
     ]
 
 
@@ -169,6 +172,9 @@ def set_options(made: Problem, options: dict[str, Any]) -> None:
         made.flags |= SCALE
         made.scale = options["scale"]
     made.softcap = options.get("softcap") or 0
+    made.dropout_p, seed = options.get("dropout_p", 0.0), options.get("dropout_seed")
+    if seed is not None:
+        made.dropout_seed = seed.ctypes.data if isinstance(seed, np.ndarray) else seed.data_ptr()
     for name, shape in broadcast_shapes(made).items():
         if options.get(name) is not None:
             setattr(made, name, tensor(broadcast(options[name], shape)))

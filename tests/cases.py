@@ -42,6 +42,7 @@ class Case:
     mask: str = ""  # a key of MASKS
     alibi: bool = False
     sinks: bool = False
+    dropout_p: float = 0.0
     small_float32: bool = False  # alibi_slopes and sinks in float32 whatever the query is
     options: dict[str, Any] = field(default_factory=dict)  # is_causal, scale, window, diagonal, softcap, layout
     strides_q: str = "contiguous"  # a key of STRIDES
@@ -115,7 +116,8 @@ def place(values: Array, strides: str = "contiguous") -> Array:
     before += -before % item
     after = sum(r for r in reach if r > 0) + item + GUARD_BYTES
     buffer = np.empty(before + after + -(before + after) % 8 + 64, np.uint8)
-    buffer.view(values.dtype)[:] = np.bool_(True) if values.dtype == np.bool_ else values.dtype.type("nan")
+    poison = {"b": True, "u": 0xDEAD}.get(values.dtype.kind, "nan")
+    buffer.view(values.dtype)[:] = values.dtype.type(poison)
     before += -buffer.ctypes.data % 64  # so that alignment is what `strides` says, not what malloc gave
     view: Array = np.ndarray(values.shape, values.dtype, buffer=buffer, offset=before, strides=steps)
     first = tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)
@@ -232,6 +234,10 @@ def inputs(case: Case, dtype: np.dtype[Any]) -> Inputs:
         options["alibi_slopes"] = place(slopes.astype(small_dtype))
     if case.sinks:
         options["sinks"] = place(normal(case.num_heads_q).astype(small_dtype))
+
+    if case.dropout_p:
+        options["dropout_p"] = case.dropout_p
+        options["dropout_seed"] = place(rng.integers(2**64, size=2, dtype=np.uint64))
 
     arrays = [
         place(x.astype(dtype), strides)
@@ -357,6 +363,23 @@ _LIST = [
     Case("everything", mask="added", strides_kv="padded_rows", **EVERYTHING),
     Case("everything_aligned", mask="bool", strides_kv="padded_16", **EVERYTHING),  # as copy engines want it
     Case("band_many_tiles", batch=1, seqlen_q=500, seqlen_k=420, options={"window": (150, 40), "diagonal": -30}),
+    # dropout
+    Case("dropout", dropout_p=0.1, sanitize=True),
+    Case("dropout_half_causal", dropout_p=0.5, seqlen_q=200, seqlen_k=330, options=CAUSAL),
+    Case("dropout_most", dropout_p=0.99, batch=1),  # rows that lose every key
+    Case("dropout_all", dropout_p=1.0, batch=1),
+    Case("dropout_hardly", dropout_p=1e-12, batch=1),
+    Case("dropout_window", dropout_p=0.3, seqlen_q=210, seqlen_k=210, options={"window": (45, 3)}, sanitize=True),
+    Case("dropout_far_keys", dropout_p=0.3, seqlen_q=9, seqlen_k=500, options={"window": (17, 0), "diagonal": 470}),
+    Case("dropout_grouped", dropout_p=0.3, num_heads_q=6, num_heads_kv=2, seqlen_q=50, options=LOWER_RIGHT),
+    Case("dropout_one_row", dropout_p=0.3, num_heads_q=4, seqlen_q=1, seqlen_k=190),
+    Case("dropout_mask_and_sinks", dropout_p=0.3, mask="bool_dark_rows", sinks=True),
+    Case("dropout_bias", dropout_p=0.3, mask="added_matrix", seqlen_k=150, options={"softcap": 5.0}, sanitize=True),
+    Case("dropout_lowest_rows", dropout_p=0.3, mask="added_float32_lowest_rows"),
+    *[Case(f"dropout_head_dim_{d}", dropout_p=0.2, batch=1, seqlen_k=100, head_dim=d) for d in (8, 128, 256)],
+    Case("dropout_bshd", dropout_p=0.2, num_heads_q=4, options={"layout": "bshd"}),
+    Case("dropout_and_everything", dropout_p=0.4, mask="added", strides_kv="padded_rows", **EVERYTHING),
+    Case("dropout_no_keys", dropout_p=0.2, seqlen_k=0),
     # values
     Case("huge_scores", values="huge", seqlen_k=200),
     Case("huge_scores_causal", values="huge", options=CAUSAL),

@@ -4,6 +4,8 @@
     out_i    = sum_j softmax_j(score_i) v_j         over the keys that the band and a bool mask leave visible
     lse_i    = log sum_j exp(score_ij)
 
+With dropout, softmax_j is multiplied by drop_ij = 0 or 1 / (1 - dropout_p); lse knows nothing of it.
+
 Arrays are [..., heads, seqlen, head_dim], or [..., seqlen, heads, head_dim] with layout="bshd"; two dimensions mean
 one head. The one trick is that the same lines run twice: `attention` in float64 (long double for float64 arrays)
 is the truth, and `rounded` in low precision is what an honest implementation may lose. A result is right when its
@@ -76,17 +78,18 @@ def _formula(
     query, key, value = (x.swapaxes(-3, -2) if bshd and x.ndim > 2 else x for x in (query, key, value))
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf are legal inputs
         soft = _softmax(query, key, *args, work=work, store=store, **options)
-        out = store(soft.probability @ _repeat_heads(query, value.astype(work)))
+        out = store(store(soft.probability * soft.drop) @ _repeat_heads(query, value.astype(work)))
     return (out.swapaxes(-3, -2) if bshd and out.ndim > 2 else out), soft.lse
 
 
 @dataclass(frozen=True)
 class _Softmax:
-    """What lies between the scores and the values; all but `lse`, `sink` and `scale` are [..., rows, keys]."""
+    """What lies between the scores and the values; all but `lse`, `sink` and `scale` are [..., rows, keys], or 1."""
 
     scale: Any
     slope: Array  # the derivative of softcap, or 1
     probability: Array
+    drop: Array  # dropout's factors
     sink: Array  # the sink's probability, [..., rows]
     lse: Array  # [..., rows]
 
@@ -103,6 +106,8 @@ def _softmax(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Array | None = None,
     work: Any,
     store: Callable[[Array], Array],
 ) -> _Softmax:
@@ -135,7 +140,52 @@ def _softmax(
     sees_nothing = total == 0
     probability = store(weight / np.where(sees_nothing, 1, total))
     lse = np.where(sees_nothing, -np.inf, top + np.log(np.where(sees_nothing, 1, total)))[..., 0]
-    return _Softmax(scale, slope, probability[..., :-1], probability[..., -1], lse)
+    drop = np.ones((), work)
+    if dropout_p:
+        assert dropout_seed is not None
+        heads = int(np.prod(score.shape[:-2]))
+        kept = kept_by_dropout(dropout_p, dropout_seed, heads, seqlen_q, seqlen_k).reshape(score[..., :-1].shape)
+        drop = np.where(kept, 1 / (1 - work(dropout_p)) if dropout_p < 1 else 0, work(0))
+    return _Softmax(scale, slope, probability[..., :-1], drop, probability[..., -1], lse)
+
+
+def philox(counter: Array, key: Array) -> Array:
+    """Philox4x32-10 of the paper (Salmon et al., 2011): counters [..., 4] and keys [..., 2] of 32-bit numbers."""
+    word = [counter[..., i].astype(np.uint64) for i in range(4)]
+    key_of_round = [key[..., i].astype(np.uint64) for i in range(2)]
+    low = np.uint64(2**32 - 1)
+    for _ in range(10):
+        left, right = word[0] * np.uint64(0xD2511F53), word[2] * np.uint64(0xCD9E8D57)
+        word = [
+            (right >> 32) ^ word[1] ^ key_of_round[0],
+            right & low,
+            (left >> 32) ^ word[3] ^ key_of_round[1],
+            left & low,
+        ]
+        key_of_round = [
+            k + np.uint64(weyl) & low for k, weyl in zip(key_of_round, (0x9E3779B9, 0xBB67AE85), strict=True)
+        ]
+    return np.stack(np.broadcast_arrays(*word), axis=-1).astype(np.uint32)
+
+
+def _words(*numbers: Array) -> Array:
+    """64-bit numbers as 32-bit ones, low word first, in a last dimension."""
+    halves = [half for x in numbers for half in (x & np.uint64(2**32 - 1), x >> np.uint64(32))]
+    return np.stack(np.broadcast_arrays(*halves), axis=-1)
+
+
+def dropout_numbers(seed: Array, heads: int, rows: int, keys: int) -> Array:
+    """The random number of each weight, [heads, rows, keys]; the heads of all batches follow each other."""
+    head, row, key = (np.arange(n, dtype=np.uint64) for n in (heads, rows, keys))
+    head_key = philox(_words(seed[1], head), _words(seed[0]))[..., :2]
+    draw = key // 64 * 16 + key % 16
+    words = philox(_words(draw[None, None], row[None, :, None]), head_key[:, None, None])
+    return np.take_along_axis(words, (key // 16 % 4).astype(np.int64)[None, None, :, None], axis=-1)[..., 0]
+
+
+def kept_by_dropout(p: float, seed: Array, heads: int, rows: int, keys: int) -> Array:
+    keep = min(round((1 - p) * 2**32), 2**32 - 1)
+    return dropout_numbers(np.asarray(seed).view(np.uint64), heads, rows, keys) < keep
 
 
 @dataclass(frozen=True)
@@ -153,7 +203,7 @@ class Gradients:
 def gradients(
     query: Array, key: Array, value: Array, dout: Array, dlse: Array | None = None, **options: Any
 ) -> Gradients:
-    """The backward of `attention`, from its formula:
+    """The backward of `attention`, from its formula, here without dropout, whose factors go to do . v and dv's p:
 
     ds = p * (do . v - delta), delta = rowsum(do * o) - dlse, dsinks = -sum_rows p_sink * delta
     dq = scale * softcap'(..) * ds @ k, dk = (the same ds)^T @ q, dv = p^T @ do, over the query heads of a group
@@ -189,11 +239,12 @@ def _derivative(
     soft = _softmax(arrays[0], arrays[1], **options, work=work, store=store)
     query, key, value, dout = (size(x.astype(work)) for x in arrays)
     keys, values = _repeat_heads(query, key), _repeat_heads(query, value)
-    out = store(soft.probability @ values)
+    weights = store(soft.probability * soft.drop)
+    out = store(weights @ values)
     delta = (dout * out).sum(axis=-1)
     if dlse is not None:
         delta = delta + size(dlse.astype(work)) if absolute else delta - dlse.astype(work)
-    difference = dout @ values.swapaxes(-1, -2) + (1 if absolute else -1) * delta[..., None]
+    difference = soft.drop * (dout @ values.swapaxes(-1, -2)) + (1 if absolute else -1) * delta[..., None]
     # A key with no probability has no part in it, though its value be NaN.
     ds = store(np.where(soft.probability == 0, 0, soft.probability * difference))
     slope = 2 - soft.slope if absolute else soft.slope  # 1 - tanh^2 without its cancellation
@@ -205,7 +256,7 @@ def _derivative(
 
     dq = store(dr @ keys)
     dk = store(over_heads(dr.swapaxes(-1, -2) @ query)) if group else np.zeros_like(key)
-    dv = store(over_heads(soft.probability.swapaxes(-1, -2) @ dout)) if group else np.zeros_like(value)
+    dv = store(over_heads(weights.swapaxes(-1, -2) @ dout)) if group else np.zeros_like(value)
     if bshd:
         dq, dk, dv = (x.swapaxes(-3, -2) for x in (dq, dk, dv))
     return Gradients(dq, dk, dv, ds, size(-(soft.sink * delta).sum(axis=-1)))
@@ -240,8 +291,8 @@ class Expected:
 def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -> Expected:
     """The oracle's answer with its error bounds.
 
-    bound = 2 x the error of `rounded` + eps x (8 + the largest |scale q.k| / 2) x the largest |v|, capped at half of
-    the largest |out|.
+    bound = 2 x the error of `rounded` + eps x (8 + the largest |scale q.k| / 2) x the largest |v| (that dropout may
+    scale up), capped at half of the largest |out|.
 
     The term in eps, that of the sums (float32's, or float64's), is for cases so small that `rounded` is lucky: an
     exponential good to 2 units in the last place for each of numerator and denominator, a division and a product
@@ -273,7 +324,8 @@ def expect(query: Array, key: Array, value: Array, *args: Any, **options: Any) -
         heads = [x.swapaxes(-3, -2) if x.ndim > 2 else x for x in heads]
     with np.errstate(invalid="ignore"):
         score = unit * _largest(heads[0] @ _repeat_heads(heads[0], heads[1]).swapaxes(-1, -2))
-    out_bound = 2 * _errors(rough_out, out).max(initial=0) + eps * (8 + score / 2) * _largest(value)
+    largest = _largest(value) / max(1 - options.get("dropout_p", 0.0), eps)
+    out_bound = 2 * _errors(rough_out, out).max(initial=0) + eps * (8 + score / 2) * largest
     size = np.where(np.isfinite(lse), np.abs(lse), 0)
     relative = (_errors(rough_lse, lse) / (1 + size)).max(initial=0)
     return Expected(

@@ -57,6 +57,7 @@ def problems(draw: st.DrawFn) -> Case:
         mask=draw(st.sampled_from(["", "", "", *cases.MASKS])),
         alibi=draw(st.booleans()),
         sinks=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from((0.0, 0.0, 0.3))),
         small_float32=draw(st.booleans()),
         options=options,
         strides_q=draw(strides),

@@ -12,7 +12,7 @@ import flashcore
 from flashcore import _C
 
 ALL = (True, True, True, True, False, True)  # query, key, value, attn_mask, alibi_slopes, sinks
-NAMES = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks", "out", "lse", "dout", "dlse")
+NAMES = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks", "dropout_seed", "out", "lse", "dout", "dlse")
 
 
 def make(layout: str = "bhsd", dtype: Any = np.float32, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,8 +26,8 @@ def make(layout: str = "bhsd", dtype: Any = np.float32, **options: Any) -> tuple
     if layout == "bshd":
         inputs = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in inputs]
     options |= {"layout": layout}
-    inputs += [random(2, 1, 1, 7), None, random(4)]
-    out, lse = flashcore.attention(*inputs[:4], sinks=inputs[5], **options, return_lse=True)
+    inputs += [random(2, 1, 1, 7), None, random(4), np.uint64([7, 2**63])]
+    out, lse = flashcore.attention(*inputs[:4], sinks=inputs[5], dropout_seed=inputs[6], **options, return_lse=True)
     arrays = [*inputs, out, lse, random(*out.shape), random(*lse.shape).astype(lse.dtype)]
     return dict(zip(NAMES, arrays, strict=True)), options
 
@@ -38,7 +38,9 @@ def backward(arrays: dict[str, Any], options: dict[str, Any], wanted: tuple[bool
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0, "window": (3, None), "scale": 0.4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True, "softcap": 2.0, "window": (3, None), "scale": 0.4}, {"dropout_p": 0.3}]
+)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_gradients(layout: str, options: dict[str, Any], dtype: Any) -> None:
     arrays, options = make(layout, dtype, **options)
@@ -49,6 +51,7 @@ def test_gradients(layout: str, options: dict[str, Any], dtype: Any) -> None:
         **options,
         attn_mask=arrays["attn_mask"],
         sinks=arrays["sinks"],
+        dropout_seed=arrays["dropout_seed"],
     )
     for name, gradient in {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}.items():
         expected.check(name, gradient)
@@ -95,7 +98,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], words: str) ->
 def test_refusals_of_the_call() -> None:
     arrays, options = make()
     for wrong in ((), (arrays,), ((), None, None, ALL, {})):
-        with pytest.raises(TypeError, match=r"needs a tuple of 8 arrays"):
+        with pytest.raises(TypeError, match=r"needs a tuple of 9 arrays"):
             _C.backward(*wrong)
     for wanted in (ALL[:5], list(ALL), None):
         with pytest.raises(TypeError, match=r"wanted is .* a tuple of bools"):

@@ -463,6 +463,18 @@ def test_float32_on_hopper() -> None:
     assert "float32" in capi.last_error()
 
 
+@needs_hopper_build
+def test_dropout_on_hopper() -> None:
+    problem = capi.shapes_only(dropout_p=0.1)
+    status, plan = capi.plan(problem, HOPPER)
+    assert (status, row_of(plan)) == (OK, "portable_float16_d64_any")
+    assert plan.slow == SLOW_NO_FAST_KERNEL
+    assert "Hopper's kernels have no dropout" in describe(problem, HOPPER)
+    problem.kernel = b"hopper"
+    assert capi.plan(problem, HOPPER)[0] == UNSUPPORTED
+    assert "Hopper's kernels have no dropout" in capi.last_error()
+
+
 def _stride(axis: int, step: int) -> Any:
     def change(tensor: capi.Tensor) -> None:
         tensor.strides[axis] = step

@@ -80,6 +80,13 @@ OPTIONS = [
     ({"dropout_p": -0.1}, ["dropout_p", "-0.1"]),
     ({"dropout_p": 1.5}, ["dropout_p", "1.5"]),
     ({"dropout_p": float("nan")}, ["dropout_p", "nan"]),
+    ({"dropout_p": 0.5}, ["dropout_p", "0.5", "dropout_seed is not given", "pass", "two 64-bit integers"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.zeros(2)}, ["dropout_seed", "float64", "two integers of 64 bits"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.int16([1] * 8)}, ["dropout_seed", "int16", "two integers of 64 bits"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.int64([1, 2, 3])}, ["dropout_seed", "(3,)", "two integers of 64 bits"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.int64([[1, 2]])}, ["dropout_seed", "(1, 2)", "two integers of 64 bits"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.int64([1, 2, 3])[::2]}, ["dropout_seed", "(2,)", "contiguous"]),
+    ({"dropout_p": 0.5, "dropout_seed": np.int32([1] * 5)[1:]}, ["dropout_seed", "not aligned", "copy"]),
 ]
 
 TYPES = [
@@ -99,6 +106,7 @@ TYPES = [
     ({"layout": 3}, ["layout", "3", "bhsd"]),
     ({"block_m": 1.5}, ["block_m", "1.5", "int"]),
     ({"dropout_p": "0"}, ["dropout_p", "str"]),
+    ({"dropout_p": 0.5, "dropout_seed": (1, 2)}, ["dropout_seed", "tuple", "allowed"]),
 ]
 
 
@@ -142,9 +150,8 @@ def test_the_good_call_is_good() -> None:
     assert call().shape == (2, 4, 5, 8)
 
 
-def test_dropout_is_not_served_yet() -> None:
-    _check({"dropout_p": 0.1}, NotImplementedError, ["dropout_p", "0.1"])
-    assert call(dropout_p=0).shape == (2, 4, 5, 8)
+def test_without_dropout_its_seed_is_not_looked_at() -> None:
+    assert call(dropout_p=0, dropout_seed="none").shape == (2, 4, 5, 8)
 
 
 def test_softcap_of_zero_is_none() -> None:

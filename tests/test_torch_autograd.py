@@ -372,10 +372,11 @@ def test_opcheck_of_the_backward() -> None:
 
     q, k, v = (x.detach() for x in qkv())
     sinks = torch.zeros(1, 2, dtype=q.dtype)
-    out, lse = torch.ops.flashcore.attention(q, k, v, None, None, sinks)
-    for wanted in ([True, True, True, False, False, True], [False, True, False, False, False, False]):
-        arguments = (q, k, v, None, None, sinks, out, lse, torch.ones_like(out), None, wanted)
-        torch.library.opcheck(torch.ops.flashcore.attention_backward.default, arguments)
+    for seed, options in ((None, {}), (torch.tensor([3, 4]), {"dropout_p": 0.5})):
+        out, lse = torch.ops.flashcore.attention(q, k, v, None, None, sinks, seed, **options)
+        for wanted in ([True, True, True, False, False, True], [False, True, False, False, False, False]):
+            arguments = (q, k, v, None, None, sinks, seed, out, lse, torch.ones_like(out), None, wanted)
+            torch.library.opcheck(torch.ops.flashcore.attention_backward.default, arguments, options)
 
 
 # Refusals

@@ -179,7 +179,7 @@ def test_export(strict: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"dropout_p": 0.1}, NotImplementedError, "no dropout yet"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; allowed: 0.0 to 1.0"),
         ({"is_causal": "upper"}, ValueError, "is_causal is 'upper'"),
         ({"diagonal": "upper"}, ValueError, "diagonal is 'upper'"),
         ({"attn_mask": torch.zeros(3, 3)}, ValueError, "attn_mask has shape"),

@@ -172,8 +172,8 @@ def test_what_the_dispatcher_cannot_have() -> None:
             flashcore.attention(x, x, x, out=x)
         with pytest.raises(NotImplementedError, match=r"explain.. reads shapes.*call outside"):
             flashcore.explain(x, x, x)
-        with pytest.raises(NotImplementedError, match="no dropout yet"):
-            flashcore.attention(x, x, x, dropout_p=0.1)
+        with pytest.raises(ValueError, match=r"dropout_p is 1.5; allowed: 0.0 to 1.0"):
+            flashcore.attention(x, x, x, dropout_p=1.5)
         with pytest.raises(ValueError, match="is_causal is 'upper_right'"):
             flashcore.attention(x, x, x, is_causal="upper_right")
     with pytest.raises(

@@ -106,38 +106,47 @@ def test_a_kernel_context_without_flash_goes_to_pytorch(calls: list[str]) -> Non
     torch.testing.assert_close(out, ours)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_is_not_served_is_an_error_unless_asked(calls: list[str]) -> None:
     q, k, v = qkv()
-    with ft.install(), pytest.raises(NotImplementedError, match="no dropout yet"):
-        F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)
+    lists = [torch.nested.nested_tensor(list(x.transpose(1, 2)), layout=torch.jagged) for x in (q, k, v)]
+    nested = [x.transpose(1, 2) for x in lists]
+    with ft.install(), pytest.raises(NotImplementedError, match=r"query has layout torch.jagged.*pad a nested tensor"):
+        F.scaled_dot_product_attention(*nested)
     assert calls == []
     with ft.install(fallback=True):
         with pytest.warns(
-            ft.FallbackWarning, match=r"PyTorch's .* serves a call: dropout_p is 0.25.*no dropout"
+            ft.FallbackWarning, match=r"PyTorch's .* serves a call: query has layout torch.jagged"
         ) as caught:
             for _ in range(3):  # one warning for a reason
-                F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__
+                F.scaled_dot_product_attention(*nested)
+        (warning,) = (each for each in caught if each.category is ft.FallbackWarning)
+        assert warning.filename == __file__
         assert calls == ["pytorch"] * 3
         with pytest.raises(ValueError, match="attn_mask has shape"):  # wrong is wrong, whoever serves it
             F.scaled_dot_product_attention(q, k, v, torch.zeros(3, 3))
     assert calls == ["pytorch"] * 3
 
 
-def test_compiled_under_install() -> None:
+def test_compiled_under_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.torch import _call
+
+    def refuse(*arguments: Any) -> None:
+        raise NotImplementedError("no such call yet")
+
     q, k, v = qkv()
     with ft.install():
         function = torch.compile(
             lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), backend="aot_eager", fullgraph=True
         )
         assert same_bits(function(q, k, v), flashcore.attention(q, k, v, is_causal=True))
+    monkeypatch.setattr(_call, "fold_call", refuse)
     with ft.install(fallback=True):
         function = torch.compile(
-            lambda *x: F.scaled_dot_product_attention(*x, dropout_p=1.0), backend="aot_eager", fullgraph=True
+            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), backend="aot_eager", fullgraph=True
         )
-        with pytest.warns(ft.FallbackWarning, match="no dropout"):
-            assert not function(q, k, v).any()
+        with pytest.warns(ft.FallbackWarning, match="no such call yet"):
+            torch.testing.assert_close(function(q, k, v), flashcore.attention(q, k, v, is_causal=True))
 
 
 # PyTorch's registry

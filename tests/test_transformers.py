@@ -192,8 +192,6 @@ def test_refusals() -> None:
         forward(module, q, k, v, None, cache=object())
     with pytest.raises(NotImplementedError, match=r"packed sequences .*without a mask.*position_ids"):
         forward(module, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 3, 6]))
-    with pytest.raises(NotImplementedError, match="no dropout yet"):
-        forward(module, q, k, v, None, dropout=0.1)
     with pytest.raises(ValueError, match=r"'flashcore' has 'flash' in it.*FlashAttention's"):
         ft.register_transformers("flashcore")
 

@@ -88,6 +88,7 @@ DIFFERENT: list[dict[str, Any]] = [
     {**WINDOW, "window_left": 255},
     {"softcap": 5.0},
     {"flags": capi.SCALE, "scale": -1.0},
+    {"dropout_p": 0.1},
     {"seqlen_q": 384},
     {"seqlen_k": 384},
     {"seqlen_q": 1},

@@ -16,6 +16,8 @@
  *
  * Included by backward_template.h once per element type.
  */
+#include "common/dropout.h"
+
 #ifndef FC_CPU_BACKWARD_TILE_H
 #define FC_CPU_BACKWARD_TILE_H
 
@@ -31,6 +33,7 @@
 #define find_runs         FC_CPU_NAME(find_runs)
 #define multiply_keys     FC_CPU_NAME(multiply_keys)
 #define finish_score      FC_CPU_NAME(finish_score)
+#define draw_row          FC_CPU_NAME(draw_row)
 #define differentiate_row FC_CPU_NAME(differentiate_row)
 #define differentiate_run FC_CPU_NAME(differentiate_run)
 
@@ -73,6 +76,7 @@ typedef struct block {
     int64_t head, first_row, rows;
     const real *base, *inverse, *delta; /* of these rows */
     real slope;                         /* ALiBi */
+    fc_random draw_key;                 /* dropout's */
     const real *query, *dout;           /* [rows][whole], *_stride apart: in place if they can be */
     int64_t query_stride, dout_stride;
     real *query_copy, *dout_copy;
@@ -80,6 +84,7 @@ typedef struct block {
     real *score;    /* [BLOCK_M][BLOCK_N]: then the probabilities */
     real *gradient; /* [BLOCK_M][BLOCK_N]: of the probabilities, then of q . k */
     real *bias;     /* [BLOCK_M][BLOCK_N]: of the scores; NULL if nobody asks */
+    real *drop;     /* [BLOCK_N]: a row's factors by dropout; NULL if there is none */
     real *staging;  /* LANES rows on their way to being transposed */
     int64_t staging_stride;
 } block;
@@ -94,6 +99,7 @@ static bool find_room(block *t, const struct backward_job *job)
     t->value_width = round_up(args->head_dim_v, LANES);
     t->staging_stride = t->head_width > t->value_width ? t->head_width : t->value_width;
     bool biased = job->args->dbias.dtype != FC_NONE, masked = args->attn_mask.dtype != FC_NONE;
+    bool drops = args->keep_scale != 0;
     const struct {
         real **buffer;
         int64_t size;
@@ -109,6 +115,7 @@ static bool find_room(block *t, const struct backward_job *job)
         {&t->score, BLOCK_M * BLOCK_N},
         {&t->gradient, BLOCK_M * BLOCK_N},
         {&t->bias, biased ? BLOCK_M * BLOCK_N : 0},
+        {&t->drop, drops ? BLOCK_N : 0},
         {&t->staging, LANES * t->staging_stride},
     };
     const int num_parts = sizeof parts / sizeof parts[0];
@@ -118,6 +125,7 @@ static bool find_room(block *t, const struct backward_job *job)
     if (!next) return false;
     for (int i = 0; i < num_parts; next += round_up(parts[i].size, 64), i++) *parts[i].buffer = next;
     if (!biased) t->bias = NULL;
+    if (!drops) t->drop = NULL;
     return true;
 }
 
@@ -191,6 +199,7 @@ static void take_rows(block *t, int64_t head, int64_t first_row)
     t->delta = (const real *)(job->workspace + job->layout.delta) + index;
     const fc_tensor *slopes = &args->alibi_slopes;
     if (slopes->dtype != FC_NONE) load_row(&t->slope, element(slopes, t->batch, head, 0), slopes->dtype, 0, 1);
+    if (t->drop) t->draw_key = fc_draw_key(args, t->batch, head);
 }
 
 /* Reads the mask of keys begin .. end - 1 and widens *first .. *last - 1 to those it leaves visible. */
@@ -275,6 +284,21 @@ FC_INLINE vec finish_score(const block *t, vec score, int64_t row, int64_t key, 
     return select_lanes(visible, score, broadcast((real)-INFINITY));
 }
 
+/* What dropout multiplies a row's weights by, for the keys of a run. Blocks of keys begin where draws do. */
+static void draw_row(const block *t, const struct run *run, int64_t row)
+{
+    _Static_assert(BLOCK_N % FC_DRAW_COLUMNS == 0, "a draw is of one block");
+    const real scale = (real)t->args->keep_scale;
+    const uint32_t keep_below = t->args->keep_below;
+    for (int64_t key = run->begin / FC_DRAW_COLUMNS * FC_DRAW_COLUMNS; key < run->end; key += FC_DRAW_COLUMNS)
+        for (int lane = 0; lane < FC_DRAW_LANES; lane++) {
+            fc_random random =
+                fc_draw(t->draw_key.word[0], t->draw_key.word[1], t->first_row + row, t->first_key + key, lane);
+            for (int n = 0; n < FC_DRAW_WORDS; n++)
+                t->drop[key + n * FC_DRAW_LANES + lane] = random.word[n] < keep_below ? scale : 0;
+        }
+}
+
 /* One row of a run: from scores and gradients of the probabilities to probabilities and gradients of q . k. `plain`
  * rows see every key of the run and have no options: it is a constant at every call. */
 FC_INLINE void differentiate_row(const block *t, const struct run *run, int64_t row, const bool plain)
@@ -286,13 +310,15 @@ FC_INLINE void differentiate_row(const block *t, const struct run *run, int64_t 
     for (int64_t key = run->begin / LANES * LANES; key < run->end; key += LANES) {
         vec slope = broadcast((real)t->args->scale), s = load(score + key);
         if (!plain) s = finish_score(t, s, row, key, first, last, &slope);
-        vec p = exp_lanes(s - base) * inverse;
-        vec ds = p * (load(gradient + key) - delta);
+        vec p = exp_lanes(s - base) * inverse, dp = load(gradient + key);
+        if (!plain && t->drop) dp *= load(t->drop + key);
+        vec ds = p * (dp - delta);
         vec dr = ds * slope;
         if (!plain) { /* what is hidden may be NaN */
             ds = select_lanes(s == (real)-INFINITY, (vec){0}, ds);
             dr = select_lanes(s == (real)-INFINITY, (vec){0}, dr);
         }
+        if (!plain && t->drop) p *= load(t->drop + key);
         store(score + key, p);
         store(gradient + key, dr);
         if (!plain && t->bias) store(t->bias + row * BLOCK_N + key, ds);
@@ -302,10 +328,12 @@ FC_INLINE void differentiate_row(const block *t, const struct run *run, int64_t 
 static void differentiate_run(const block *t, const struct run *run)
 {
     const fc_forward_args *args = t->args;
-    bool options = args->softcap != 0 || args->attn_mask.dtype != FC_NONE || args->alibi_slopes.dtype != FC_NONE;
+    bool options =
+        args->softcap != 0 || args->attn_mask.dtype != FC_NONE || args->alibi_slopes.dtype != FC_NONE || t->drop;
     for (int64_t row = run->row; row < run->row + run->rows; row++) {
         int64_t first, last;
         visible_keys(t, row, &first, &last);
+        if (t->drop) draw_row(t, run, row);
         if (options || first > run->begin || last < run->end)
             differentiate_row(t, run, row, false);
         else

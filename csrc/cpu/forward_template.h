@@ -22,6 +22,7 @@
  * Included once per element type, with the parameters of simd.h and matrix.h. It defines the function forward_float or
  * forward_double.
  */
+#include "common/dropout.h"
 #include "cpu.h"
 #include "matrix.h"
 
@@ -41,6 +42,8 @@
 #define adjust_score  FC_CPU_NAME(adjust_score)
 #define hide_score    FC_CPU_NAME(hide_score)
 #define softmax       FC_CPU_NAME(softmax)
+#define drop_granule  FC_CPU_NAME(drop_granule)
+#define drop_block    FC_CPU_NAME(drop_block)
 #define clear_output  FC_CPU_NAME(clear_output)
 #define rescale       FC_CPU_NAME(rescale)
 #define score_run     FC_CPU_NAME(score_run)
@@ -90,6 +93,7 @@ typedef struct tile {
     bool has_output;                 /* there is something in `out` to add to */
     real offset[BLOCK_M];            /* position - position[0] */
     real slope[BLOCK_M];             /* ALiBi */
+    uint32_t draw_key[2][BLOCK_M];   /* dropout's */
     real max[BLOCK_M], sum[BLOCK_M]; /* of the softmax so far */
     real *query;                     /* [head_dim][row], times the scale; [row][head_dim] if few_rows */
     real *score;                     /* [BLOCK_N][row] */
@@ -162,6 +166,10 @@ static void start_rows(tile *t)
         }
         if (slopes->dtype != FC_NONE)
             load_row(&t->slope[row], element(slopes, t->batch, t->head[row], 0), slopes->dtype, 0, 1);
+        if (args->keep_scale != 0) {
+            fc_random key = fc_draw_key(args, t->batch, t->head[row]);
+            for (int i = 0; i < 2; i++) t->draw_key[i][row] = key.word[i];
+        }
     }
     t->has_output = false;
 }
@@ -317,6 +325,35 @@ static void softmax(tile *t, real *score, int64_t count, int64_t row)
     for (int64_t key = 0; key < count; key++) store(score + key * BLOCK_M, load(score + key * BLOCK_M) * inverse);
 }
 
+/* Dropout of a granule's probabilities of keys first .. last - 1, in the block that begins at `begin`. */
+static void drop_granule(const tile *t, int granule, int64_t first, int64_t last, int64_t begin)
+{
+    const real scale = (real)t->args->keep_scale;
+    const uint32_t keep_below = t->args->keep_below;
+    const int64_t row = granule * GRANULE;
+    for (int64_t drawn = first / FC_DRAW_COLUMNS * FC_DRAW_COLUMNS; drawn < last; drawn += FC_DRAW_COLUMNS)
+        for (int lane = 0; lane < FC_DRAW_LANES; lane++) {
+            uint32_t words[FC_DRAW_WORDS][GRANULE];
+            for (int i = 0; i < GRANULE; i++) {
+                fc_random random =
+                    fc_draw(t->draw_key[0][row + i], t->draw_key[1][row + i], t->position[row + i], drawn, lane);
+                for (int n = 0; n < FC_DRAW_WORDS; n++) words[n][i] = random.word[n];
+            }
+            for (int n = 0; n < FC_DRAW_WORDS; n++) {
+                int64_t key = drawn + n * FC_DRAW_LANES + lane;
+                bool inside = key >= first && key < last;
+                real *probability = t->score + (inside ? key - begin : 0) * BLOCK_M + row;
+                for (int i = 0; i < GRANULE && inside; i++) probability[i] *= words[n][i] < keep_below ? scale : 0;
+            }
+        }
+}
+
+static void drop_block(const tile *t, int64_t begin, int64_t end)
+{
+    for (int g = 0; g < t->granules; g++)
+        drop_granule(t, g, clamp(t->key_begin[g], begin, end), clamp(t->key_end[g], begin, end), begin);
+}
+
 /* score = key . query for the rows that see each of a run's keys. `begin` is the block's first key. */
 static void score_run(const tile *t, const struct run *run, int64_t begin, const real *key, int64_t key_stride)
 {
@@ -379,6 +416,7 @@ static void attend_block(tile *t, int64_t begin, int64_t end)
         finish_scores(t, row, first, last, begin);
         softmax(t, t->score + (first - begin) * BLOCK_M + row, last - first, row);
     }
+    if (args->keep_scale != 0) drop_block(t, begin, end);
 
     const real *value = load_block(t, &args->value, args->head_dim_v, LANES, begin, end - begin, t->value, &stride);
     if (runs[0].rows < t->rows && !t->has_output) clear_output(t); /* no one product writes every row */

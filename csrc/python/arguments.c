@@ -14,7 +14,7 @@ enum { NUM_POSITIONAL = 8 }; /* PyTorch's eight may be given by position */
 const char *const fc_argument_names[FC_NUM_ARGS] = {
     "query",      "key",    "value",         "attn_mask", "dropout_p",    "is_causal", "scale",
     "enable_gqa", "window", "diagonal",      "softcap",   "alibi_slopes", "sinks",     "layout",
-    "return_lse", "out",    "deterministic", "stream",    "block_m",      "block_n",
+    "return_lse", "out",    "deterministic", "stream",    "block_m",      "block_n",   "dropout_seed",
 };
 
 static int find_parameter(fc_state *state, PyObject *name)
@@ -230,18 +230,12 @@ static int read_block(const fc_arguments *arguments, enum fc_argument at, int32_
     return 0;
 }
 
-static int read_dropout(const fc_arguments *arguments)
+static int read_dropout(const fc_arguments *arguments, fc_attention_problem *problem)
 {
-    double p = 0;
     if (arguments->given[FC_ARG_DROPOUT_P] == NULL) return 0;
-    if (read_double(arguments, FC_ARG_DROPOUT_P, &p) != 0) return -1;
-    if (p == 0) return 0;
-    if (p > 0 && p <= 1)
-        PyErr_Format(PyExc_NotImplementedError,
-                     "dropout_p is %R, and flashcore %s has no dropout yet; pass 0.0 (as in evaluation)",
-                     arguments->given[FC_ARG_DROPOUT_P], fc_version());
-    else
-        PyErr_Format(PyExc_ValueError, "dropout_p is %R; allowed: 0.0 to 1.0", arguments->given[FC_ARG_DROPOUT_P]);
+    if (read_double(arguments, FC_ARG_DROPOUT_P, &problem->dropout_p) != 0) return -1;
+    if (problem->dropout_p >= 0 && problem->dropout_p <= 1) return 0;
+    PyErr_Format(PyExc_ValueError, "dropout_p is %R; allowed: 0.0 to 1.0", arguments->given[FC_ARG_DROPOUT_P]);
     return -1;
 }
 
@@ -249,7 +243,7 @@ static int read_dropout(const fc_arguments *arguments)
 static int read_options(fc_arguments *arguments, fc_attention_problem *problem)
 {
     bool grouped = false, deterministic = false; /* grouped heads need no word here; PyTorch's flag is accepted */
-    if (read_dropout(arguments) != 0 || read_causal(arguments, problem) != 0 ||
+    if (read_dropout(arguments, problem) != 0 || read_causal(arguments, problem) != 0 ||
         read_diagonal(arguments, problem) != 0 || read_window(arguments, problem) != 0 ||
         read_bool(arguments, FC_ARG_ENABLE_GQA, &grouped) != 0 ||
         read_bool(arguments, FC_ARG_RETURN_LSE, &arguments->return_lse) != 0 ||

@@ -17,6 +17,7 @@ bool fc_torch_is_direct(const fc_call *call)
     int head = call->arguments.heads_inside ? 2 : 1;
     for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
         if (call->has[operand] && !call->arrays[operand].kind.is_torch) return false;
+    if (call->has_seed && !call->seed.kind.is_torch) return false;
     return query->shape[0] == key->shape[0] && key->shape[0] == value->shape[0] &&
            key->shape[head] == value->shape[head] && query->shape[head] == call->geometry.num_heads_q;
 }
@@ -49,6 +50,7 @@ static PyObject *options_of(const fc_call *call)
         (diagonal != 0 && set(options, "diagonal", PyLong_FromLongLong(diagonal)) != 0) ||
         (p->softcap != 0 && set(options, "softcap", PyFloat_FromDouble(p->softcap)) != 0) ||
         (call->arguments.heads_inside && set(options, "layout", PyUnicode_FromString("bshd")) != 0) ||
+        (p->dropout_p != 0 && set(options, "dropout_p", PyFloat_FromDouble(p->dropout_p)) != 0) ||
         ((p->flags & FC_DETERMINISTIC) && set(options, "deterministic", PyBool_FromLong(1)) != 0) ||
         (p->block_m != 0 && set(options, "block_m", PyLong_FromLong(p->block_m)) != 0) ||
         (p->block_n != 0 && set(options, "block_n", PyLong_FromLong(p->block_n)) != 0)) {
@@ -63,6 +65,7 @@ PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse)
 {
     PyObject *const *given = call->arguments.given;
     PyObject *mask = given[FC_ARG_ATTN_MASK], *slopes = given[FC_ARG_ALIBI_SLOPES], *sinks = given[FC_ARG_SINKS];
+    PyObject *seed = call->problem.dropout_p != 0 ? given[FC_ARG_DROPOUT_SEED] : Py_None;
     if (mask == NULL) mask = Py_None;
     if (slopes == NULL) slopes = Py_None;
     if (sinks == NULL) sinks = Py_None;
@@ -72,7 +75,7 @@ PyObject *fc_torch_node(const fc_call *call, PyObject *out, PyObject *lse)
     PyObject *rest = options == NULL ? NULL : PyTuple_Pack(4, out, lse, return_lse, options);
     if (apply != NULL && rest != NULL)
         node = PyObject_CallFunctionObjArgs(apply, given[FC_ARG_QUERY], given[FC_ARG_KEY], given[FC_ARG_VALUE], mask,
-                                            slopes, sinks, rest, NULL);
+                                            slopes, sinks, seed, rest, NULL);
     Py_XDECREF(options);
     Py_XDECREF(apply);
     Py_XDECREF(rest);

@@ -12,8 +12,8 @@
 /* What the backward has beyond the forward: what is read, and then what is written, in the order of the result. */
 enum { OUT, LSE, DOUT, DLSE, DQ, DK, DV, DBIAS, DALIBI, DSINKS, NUM_ARRAYS, FIRST_GRADIENT = DQ };
 
-/* The first argument: query, key, value, attn_mask, alibi_slopes, sinks, out, lse. */
-enum { SAVED_MASK = 3, SAVED_ALIBI, SAVED_SINKS, SAVED_OUT, SAVED_LSE, NUM_SAVED };
+/* The first argument: query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed, out, lse. */
+enum { SAVED_MASK = 3, SAVED_ALIBI, SAVED_SINKS, SAVED_SEED, SAVED_OUT, SAVED_LSE, NUM_SAVED };
 
 /* Which array of the forward each is laid out as. */
 static const struct {
@@ -213,19 +213,20 @@ static PyObject *take_gradients(const fc_gradients *g, PyObject *wanted)
 /* attention()'s arguments, out of what was saved of the call and its other options. */
 static int prepare(fc_call *call, PyObject *saved, PyObject *options)
 {
-    enum { NUM_POSITIONAL = 4, FIRST_OPTION = NUM_POSITIONAL + 2 };
-    static const int order[FIRST_OPTION] = {0, 1, 2, SAVED_MASK, SAVED_ALIBI, SAVED_SINKS};
+    enum { NUM_POSITIONAL = 4, NUM_NAMED = 3, FIRST_OPTION = NUM_POSITIONAL + NUM_NAMED };
+    static const int order[FIRST_OPTION] = {0, 1, 2, SAVED_MASK, SAVED_ALIBI, SAVED_SINKS, SAVED_SEED};
+    static const enum fc_argument named[NUM_NAMED] = {FC_ARG_ALIBI_SLOPES, FC_ARG_SINKS, FC_ARG_DROPOUT_SEED};
     PyObject *args[FIRST_OPTION + FC_NUM_ARGS];
-    Py_ssize_t num_options = PyDict_Size(options), at = 0, number = 2;
+    Py_ssize_t num_options = PyDict_Size(options), at = 0, number = NUM_NAMED;
     if (num_options > FC_NUM_ARGS) {
         PyErr_Format(PyExc_TypeError, "backward() is given %zd options; attention() has no such number", num_options);
         return -1;
     }
     for (int i = 0; i < FIRST_OPTION; i++) args[i] = PyTuple_GetItem(saved, order[i]);
-    PyObject *names = PyTuple_New(2 + num_options), *name, *value;
+    PyObject *names = PyTuple_New(NUM_NAMED + num_options), *name, *value;
     if (names == NULL) return -1;
-    for (int i = 0; i < 2; i++) {
-        name = call->state->parameter_names[i == 0 ? FC_ARG_ALIBI_SLOPES : FC_ARG_SINKS];
+    for (int i = 0; i < NUM_NAMED; i++) {
+        name = call->state->parameter_names[named[i]];
         Py_INCREF(name);
         PyTuple_SetItem(names, i, name);
     }
@@ -243,8 +244,8 @@ PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num
 {
     if (num_args != 5 || !PyTuple_Check(args[0]) || PyTuple_Size(args[0]) != NUM_SAVED || !PyDict_Check(args[4])) {
         PyErr_Format(PyExc_TypeError,
-                     "backward() needs a tuple of %d arrays (query, key, value, attn_mask, alibi_slopes, sinks, out, "
-                     "lse), dout, dlse, wanted, and a dict of options",
+                     "backward() needs a tuple of %d arrays (query, key, value, attn_mask, alibi_slopes, sinks, "
+                     "dropout_seed, out, lse), dout, dlse, wanted, and a dict of options",
                      NUM_SAVED);
         return NULL;
     }

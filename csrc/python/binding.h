@@ -59,6 +59,7 @@ typedef struct fc_array {
     int64_t strides[FC_MAX_NDIM]; /* elements */
     int32_t dtype, device_type, device_id;
     bool read_only;
+    bool is_seed;    /* dropout_seed: integers, of which dtype tells the size alone, as the float's that is as large */
     bool has_stream; /* its producer works on `stream`, to be ordered against ours */
     void *stream;
     dl_managed *managed; /* at most one of these two, to be released */
@@ -97,6 +98,7 @@ typedef struct fc_state {
 /* support.c */
 const char *fc_dtype_word(int32_t dtype); /* "float16" */
 int32_t fc_dtype_size(int32_t dtype);     /* bytes */
+int32_t fc_dtype_of_seed(int bits);       /* FC_NONE where a seed's integers are no such */
 dl_dtype fc_dtype_to_dl(int32_t dtype);
 int32_t fc_dtype_from_dl(dl_dtype dtype);                    /* FC_NONE for one that is not ours */
 PyObject *fc_interop(fc_state *state, const char *function); /* of flashcore/_interop.py; a new reference */
@@ -105,6 +107,8 @@ PyObject *fc_interop(fc_state *state, const char *function); /* of flashcore/_in
 int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind);
 int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
                     bool has_stream, fc_array *array);
+int fc_array_import_seed(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                         bool has_stream, fc_array *array);
 void fc_array_release(fc_array *array);
 int fc_array_from_dl(fc_array *array, const dl_tensor *tensor);
 
@@ -199,6 +203,7 @@ enum fc_argument {
     FC_ARG_STREAM,
     FC_ARG_BLOCK_M,
     FC_ARG_BLOCK_N,
+    FC_ARG_DROPOUT_SEED,
     FC_NUM_ARGS
 };
 extern const char *const fc_argument_names[FC_NUM_ARGS];
@@ -222,11 +227,14 @@ typedef struct fc_call {
     fc_state *state;
     fc_arguments arguments;
     fc_array arrays[FC_NUM_OPERANDS];
+    fc_array seed; /* dropout's */
     bool has[FC_NUM_OPERANDS];
+    bool has_seed;
     bool any_torch;
     bool below_dispatcher; /* which has looked at tensors and modes already */
     fc_torch_modes modes;  /* with modes.dispatch, nothing below is filled in: fc_torch_dispatch serves the call */
     PyObject *casts[FC_NUM_OPERANDS]; /* autocast's copies, owned; each stands in arguments.given too */
+    PyObject *drawn_seed;             /* owned; stands in arguments.given where the caller gave no dropout_seed */
     const char *gradient_of;          /* the first argument that requires a gradient, or NULL */
     bool has_stream;                  /* the call's: the stream that the kernel runs on */
     void *stream;
@@ -240,6 +248,8 @@ fc_tensor *fc_tensor_of(fc_attention_problem *problem, enum fc_operand operand);
 /* Arguments to a problem, all but the outputs; fc_call_release gives back what was imported, after a failure too. */
 int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 int fc_call_check_device(const fc_call *call, fc_array *array);
+/* Seed and offset for a call with dropout whose caller gave none, from torch's generator. */
+int fc_call_draw_seed(fc_call *call);
 /* The problem's batch and batch strides, and how many calls of the library the rest of the batches takes. */
 int64_t fc_call_fold(fc_call *call);
 void fc_call_release(fc_call *call);

@@ -172,6 +172,53 @@ int fc_call_check_device(const fc_call *call, fc_array *array)
     return -1;
 }
 
+/* ---- dropout ---- */
+
+static int import_seed(fc_call *call)
+{
+    static const char name[] = "dropout_seed";
+    PyObject *object = call->arguments.given[FC_ARG_DROPOUT_SEED];
+    fc_kind kind;
+    if (fc_kind_of(call->state, object, &kind) != 0) return -1;
+    if (kind.is_torch && !call->below_dispatcher) {
+        bool wants_gradient; /* integers never do */
+        if (!call->any_torch && fc_torch_check_modes(call->state, &call->modes) != 0) return -1;
+        if (fc_torch_check_tensor(call->state, name, object, &kind, &wants_gradient, &call->modes) != 0) return -1;
+        if (call->modes.dispatch) return check_dispatch(call, name);
+    }
+    if (fc_array_import_seed(call->state, name, object, &kind, call->stream, call->has_stream, &call->seed) != 0)
+        return -1;
+    call->has_seed = true;
+    call->problem.dropout_seed = call->seed.data;
+    return fc_call_check_device(call, &call->seed);
+}
+
+/* A given seed; or else the caller must be one for whom fc_call_draw_seed can draw. */
+static int prepare_seed(fc_call *call)
+{
+    if (call->arguments.given[FC_ARG_DROPOUT_SEED] != NULL) return import_seed(call);
+    if (call->arrays[FC_QUERY].kind.is_torch && !call->below_dispatcher) return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "dropout_p is %R and dropout_seed is not given; %s: pass an array of two 64-bit integers, a seed and "
+                 "an offset, on the query's device and others in each call",
+                 call->arguments.given[FC_ARG_DROPOUT_P],
+                 call->below_dispatcher ? "this operator draws no random numbers itself"
+                                        : "the query's library has no random generator to draw it from");
+    return -1;
+}
+
+int fc_call_draw_seed(fc_call *call)
+{
+    if (call->problem.dropout_p == 0 || call->arguments.given[FC_ARG_DROPOUT_SEED] != NULL) return 0;
+    PyObject *draw = fc_torch_integration(call->state, "draw_seed");
+    if (draw == NULL) return -1;
+    call->drawn_seed = PyObject_CallFunctionObjArgs(draw, call->arguments.given[FC_ARG_QUERY], NULL);
+    Py_DECREF(draw);
+    if (call->drawn_seed == NULL) return -1;
+    call->arguments.given[FC_ARG_DROPOUT_SEED] = call->drawn_seed;
+    return import_seed(call);
+}
+
 static int check_gradient(const fc_call *call)
 {
     const char *name = call->gradient_of;
@@ -190,18 +237,21 @@ static int check_gradient(const fc_call *call)
     return -1;
 }
 
+static int order_stream(const fc_call *call, const fc_array *array, bool before)
+{
+    if (!array->has_stream || array->stream == call->stream) return 0;
+    fc_status status = before ? fc_stream_order(call->problem.device_id, array->stream, call->stream)
+                              : fc_stream_order(call->problem.device_id, call->stream, array->stream);
+    return status == FC_OK ? 0 : fc_raise_status(status);
+}
+
 /* Producers on other streams: their work before ours, or (after the launch) ours before what they do next. */
 static int order_streams(fc_call *call, bool before)
 {
     if (call->problem.device_type != FC_CUDA) return 0;
-    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) {
-        const fc_array *array = &call->arrays[operand];
-        if (!call->has[operand] || !array->has_stream || array->stream == call->stream) continue;
-        fc_status status = before ? fc_stream_order(call->problem.device_id, array->stream, call->stream)
-                                  : fc_stream_order(call->problem.device_id, call->stream, array->stream);
-        if (status != FC_OK) return fc_raise_status(status);
-    }
-    return 0;
+    for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
+        if (call->has[operand] && order_stream(call, &call->arrays[operand], before) != 0) return -1;
+    return call->has_seed ? order_stream(call, &call->seed, before) : 0;
 }
 
 int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
@@ -228,6 +278,8 @@ int fc_call_prepare(fc_call *call, PyObject *const *args, Py_ssize_t num_args, P
     if (call->arguments.given[FC_ARG_OUT] != NULL &&
         import_one(call, FC_OUT, "out", call->arguments.given[FC_ARG_OUT]) != 0)
         return -1;
+    if (call->modes.dispatch) return 0;
+    if (call->problem.dropout_p != 0 && prepare_seed(call) != 0) return -1;
     if (call->modes.dispatch) return 0;
     for (int operand = 0; operand < FC_NUM_OPERANDS; operand++)
         if (call->has[operand] && fc_call_check_device(call, &call->arrays[operand]) != 0) return -1;
@@ -363,6 +415,7 @@ static void step_to(fc_call *call, const fc_tensor first[FC_NUM_OPERANDS], int n
         fc_tensor_of(&call->problem, operand)->data =
             (char *)first[operand].data + offset * fc_dtype_size(first[operand].dtype);
     }
+    call->problem.first_batch = index * call->problem.batch;
 }
 
 /* Folds the batches; the library runs once, or once for each batch of the dimensions that did not fold. */
@@ -424,6 +477,8 @@ void fc_call_release(fc_call *call)
         if (call->has[operand]) fc_array_release(&call->arrays[operand]);
         Py_XDECREF(call->casts[operand]);
     }
+    if (call->has_seed) fc_array_release(&call->seed);
+    Py_XDECREF(call->drawn_seed);
 }
 
 static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names,
@@ -447,6 +502,7 @@ static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t num_
         returned = fc_torch_call(call.state, "fold_and_call", args, num_args, keyword_names);
         goto done;
     }
+    if (fc_call_draw_seed(&call) != 0) goto done;
     bool wants_lse = call.arguments.return_lse || differentiable || below_dispatcher;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (wants_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
@@ -592,6 +648,7 @@ PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_
         goto done;
     }
     call.problem.kernel = kernel;
+    if (fc_call_draw_seed(&call) != 0) goto done;
     if (make_result(&call, FC_OUT, &out) != 0) goto done;
     if (call.arguments.return_lse && make_result(&call, FC_LSE, &lse) != 0) goto done;
     if (measure(&call, (int32_t)num_calls, &microseconds) != 0) goto done;

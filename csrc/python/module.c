@@ -11,7 +11,7 @@ PyDoc_STRVAR(
     attention_doc,
     "attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, "
     "window=None, diagonal=0, softcap=None, alibi_slopes=None, sinks=None, layout='bhsd', return_lse=False, out=None, "
-    "deterministic=False, stream=None, block_m=None, block_n=None)\n"
+    "deterministic=False, stream=None, block_m=None, block_n=None, dropout_seed=None)\n"
     "--\n"
     "\n"
     "Exact scaled dot-product attention. The first eight arguments are PyTorch's, in order and meaning.\n"
@@ -35,7 +35,9 @@ PyDoc_STRVAR(
     "    value: [..., num_heads_kv, seqlen_k, head_dim_v], of query's dtype.\n"
     "    attn_mask: broadcasts to [..., num_heads_q, seqlen_q, seqlen_k]; bool (True: attend), or query's dtype or\n"
     "        float32, added to the score. With is_causal both apply.\n"
-    "    dropout_p: 0.0; other values are not implemented yet.\n"
+    "    dropout_p: how likely each weight after the softmax is dropped, 0.0 to 1.0; the others are multiplied by\n"
+    "        1 / (1 - dropout_p). As in PyTorch it applies wherever it is not 0: pass 0.0 in evaluation. lse knows\n"
+    "        nothing of it.\n"
     "    is_causal: hide keys with d > 0. 'lower_right' also sets diagonal.\n"
     "    scale: any finite number; None: 1 / sqrt(head_dim).\n"
     "    enable_gqa: accepted for PyTorch's sake; grouped heads always work.\n"
@@ -56,6 +58,9 @@ PyDoc_STRVAR(
     "    block_m, block_n: force a tile, rows and keys, of those in explain(...).candidates; one alone leaves the "
     "other\n"
     "        open.\n"
+    "    dropout_seed: two 64-bit integers (or four of 32 bits), seed and offset, on the query's device; read where\n"
+    "        dropout_p is not 0. What is dropped is a function of these, batch, head, row and key alone. None: drawn\n"
+    "        from torch's default generator of the device; callers with other arrays must give them.\n"
     "\n"
     "Returns:\n"
     "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
@@ -67,7 +72,7 @@ PyDoc_STRVAR(
     "Raises:\n"
     "    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not "
     "fit.\n"
-    "    NotImplementedError: legal, but not served here or not yet (gradients on a GPU, dropout).\n"
+    "    NotImplementedError: legal, but not served here or not yet (gradients on a GPU).\n"
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
 PyDoc_STRVAR(measure_doc,
@@ -89,9 +94,9 @@ PyDoc_STRVAR(forward_doc,
 PyDoc_STRVAR(
     backward_doc,
     "backward(saved, dout, dlse, wanted, options, /)\n--\n\n"
-    "Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., **options).\n"
+    "Gradients of attention(query, key, value, attn_mask, alibi_slopes=..., sinks=..., dropout_seed=..., **options).\n"
     "\n"
-    "saved is (query, key, value, attn_mask, alibi_slopes, sinks, out, lse), the last two being the call's\n"
+    "saved is (query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed, out, lse), the last two the call's\n"
     "results; dout and dlse (or None) are the gradients of these. wanted begins with a bool for each of the\n"
     "first six, and so does the result with its gradient, None where not wanted (nobody may want alibi_slopes').\n"
     "A gradient has its input's shape, dtype and, for torch tensors, order in memory. One batch dimension at\n"

@@ -56,8 +56,18 @@ static int is_bfloat16(fc_state *state, PyArray_Descr *descr)
     return found;
 }
 
+static int read_seed_dtype(PyArray_Descr *descr, fc_array *array)
+{
+    array->dtype = PyTypeNum_ISINTEGER(descr->type_num) ? fc_dtype_of_seed((int)PyDataType_ELSIZE(descr) * 8) : FC_NONE;
+    if (array->dtype != FC_NONE) return 0;
+    PyErr_Format(PyExc_ValueError, "%s has dtype %S; allowed: two integers of 64 bits, or four of 32", array->name,
+                 descr);
+    return -1;
+}
+
 static int read_dtype(fc_state *state, PyArray_Descr *descr, fc_array *array)
 {
+    if (array->is_seed) return read_seed_dtype(descr, array);
     switch (descr->type_num) {
     case NPY_HALF:
         array->dtype = FC_FLOAT16;

@@ -39,6 +39,11 @@ int32_t fc_dtype_from_dl(dl_dtype dtype)
     return FC_NONE;
 }
 
+int32_t fc_dtype_of_seed(int bits)
+{
+    return bits == 64 ? FC_FLOAT64 : bits == 32 ? FC_FLOAT32 : FC_NONE;
+}
+
 PyObject *fc_interop(fc_state *state, const char *function)
 {
     if (state->interop == NULL) {

@@ -11,6 +11,7 @@
 #include "binding.h"
 
 #define ALLOWED_DTYPES "float16, bfloat16, float32, float64 (and bool for masks)"
+#define ALLOWED_SEEDS  "two integers of 64 bits, or four of 32"
 
 /* ---- which protocol ---- */
 
@@ -118,12 +119,14 @@ int fc_kind_of(fc_state *state, PyObject *object, fc_kind *kind)
 
 static int describe_dtype(fc_array *array, dl_dtype dtype)
 {
-    array->dtype = fc_dtype_from_dl(dtype);
+    bool is_integer = (dtype.code == DL_INT || dtype.code == DL_UINT) && dtype.lanes == 1;
+    array->dtype = !array->is_seed ? fc_dtype_from_dl(dtype) : is_integer ? fc_dtype_of_seed(dtype.bits) : FC_NONE;
     if (array->dtype != FC_NONE) return 0;
     static const char *const words[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: " ALLOWED_DTYPES,
-                 array->name, dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
-                 dtype.lanes == 1 ? "" : " vector", dtype.code, dtype.lanes);
+    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: %s", array->name,
+                 dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
+                 dtype.lanes == 1 ? "" : " vector", dtype.code, dtype.lanes,
+                 array->is_seed ? ALLOWED_SEEDS : ALLOWED_DTYPES);
     return -1;
 }
 
@@ -363,17 +366,22 @@ static int cai_dtype(fc_array *array, PyObject *typestr)
     static const struct {
         const char *typestr;
         int32_t dtype;
-    } known[] = {{"<f2", FC_FLOAT16}, {"<f4", FC_FLOAT32}, {"<f8", FC_FLOAT64}, {"|b1", FC_BOOL}};
+        bool is_seed;
+    } known[] = {
+        {"<f2", FC_FLOAT16, false}, {"<f4", FC_FLOAT32, false}, {"<f8", FC_FLOAT64, false}, {"|b1", FC_BOOL, false},
+        {"<i8", FC_FLOAT64, true},  {"<u8", FC_FLOAT64, true},  {"<i4", FC_FLOAT32, true},  {"<u4", FC_FLOAT32, true},
+    };
     if (typestr == NULL || !PyUnicode_Check(typestr)) return cai_refuse(array, "has no string 'typestr'");
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (PyUnicode_CompareWithASCIIString(typestr, known[i].typestr) == 0) {
+        if (known[i].is_seed == array->is_seed && PyUnicode_CompareWithASCIIString(typestr, known[i].typestr) == 0) {
             array->dtype = known[i].dtype;
             return 0;
         }
-    PyErr_Format(PyExc_ValueError,
-                 "%s has typestr %R in its __cuda_array_interface__; allowed: '<f2', '<f4', '<f8', and '|b1' for masks "
-                 "(the interface has no bfloat16: use an array with __dlpack__)",
-                 array->name, typestr);
+    PyErr_Format(PyExc_ValueError, "%s has typestr %R in its __cuda_array_interface__; allowed: %s", array->name,
+                 typestr,
+                 array->is_seed ? ALLOWED_SEEDS
+                                : "'<f2', '<f4', '<f8', and '|b1' for masks (the interface has no bfloat16: use an "
+                                  "array with __dlpack__)");
     return -1;
 }
 
@@ -464,10 +472,11 @@ static int import_dlpack_or_cai(fc_array *array, void *stream, bool has_stream)
 
 /* ---- the importer ---- */
 
-int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
-                    bool has_stream, fc_array *array)
+static int import_any(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                      bool has_stream, bool is_seed, fc_array *array)
 {
     memset(array, 0, sizeof *array);
+    array->is_seed = is_seed;
     array->object = object;
     array->name = name;
     array->kind = *kind;
@@ -498,6 +507,26 @@ int fc_array_import(fc_state *state, const char *name, PyObject *object, const f
     }
     if (error != 0) fc_array_release(array);
     return error;
+}
+
+int fc_array_import(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                    bool has_stream, fc_array *array)
+{
+    return import_any(state, name, object, kind, stream, has_stream, false, array);
+}
+
+/* The library takes an address, so all 16 bytes must lie there in a row. */
+int fc_array_import_seed(fc_state *state, const char *name, PyObject *object, const fc_kind *kind, void *stream,
+                         bool has_stream, fc_array *array)
+{
+    if (import_any(state, name, object, kind, stream, has_stream, true, array) != 0) return -1;
+    if (array->ndim == 1 && array->shape[0] * fc_dtype_size(array->dtype) == 16 && array->strides[0] == 1) return 0;
+    char given[200];
+    fc_format_shape(given, sizeof given, array->ndim, array->shape);
+    PyErr_Format(PyExc_ValueError, "%s has shape %s, of %d-byte integers; allowed: " ALLOWED_SEEDS ", contiguous", name,
+                 given, (int)fc_dtype_size(array->dtype));
+    fc_array_release(array);
+    return -1;
 }
 
 /* A deleter may run Python code; an exception that is on its way survives it. */

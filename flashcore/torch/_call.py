@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flashcore import _C
 from flashcore.torch._eager import apply, backward_by_op
 from flashcore.torch._op import call
-from flashcore.torch._shapes import fold_call
+from flashcore.torch._shapes import fold_call, tensor
 
-__all__ = ["apply", "attention", "backward_by_op", "fold_and_call"]
+__all__ = ["apply", "attention", "backward_by_op", "draw_seed", "fold_and_call"]
+
+
+def draw_seed(query: Any) -> Any:
+    """Dropout's seed and offset, from the default generator of the query's device: by one op, which a CUDA graph draws
+    anew in each replay, checkpointing repeats, compilers trace, and vmap does as its `randomness` says."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device)
 
 
 def fold_and_call(
@@ -27,6 +35,7 @@ def fold_and_call(
     sinks: Any = None,
     layout: Any = None,
     return_lse: bool = False,
+    dropout_seed: Any = None,
     **options: Any,
 ) -> Any:
     """flashcore.attention of arrays folded to four dimensions, which it serves itself."""
@@ -44,6 +53,7 @@ def fold_and_call(
         sinks=sinks,
         layout=layout,
         return_lse=True,
+        dropout_seed=None if dropout_seed is None else tensor(dropout_seed),
         **options,
     )
     out, lse = unfold(out, lse)
@@ -91,6 +101,7 @@ def attention(
     stream: Any = None,
     block_m: int | None = None,
     block_n: int | None = None,
+    dropout_seed: Any = None,
 ) -> Any:
     """flashcore.attention through torch.ops.flashcore.attention, whatever its tensors are."""
     # A mask in name only: an argument will do, on the shortest way there is. Importing its class would load Dynamo.
@@ -114,16 +125,18 @@ def attention(
             deterministic=deterministic,
             block_m=block_m,
             block_n=block_n,
+            dropout_seed=dropout_seed,
         )
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p is {dropout_p}, and flashcore has no dropout yet; pass 0.0")
+    dropout_p = dropout_p or 0.0
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0.0 to 1.0")
     for name, x in (("out", out), ("stream", stream)):
         if x is not None:
             raise NotImplementedError(
                 f"{name} is given, but the call goes by torch's dispatcher (torch.compile, a tensor subclass, or a "
                 f"torch mode or transform), which has no {name}; leave it away"
             )
-    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
+    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask), ("dropout_seed", dropout_seed)):
         if getattr(x, "device", query.device) != query.device:
             raise ValueError(f"query is on {query.device} and {name} on {x.device}; all arrays must be on one device")
     if isinstance(is_causal, str):
@@ -135,9 +148,13 @@ def attention(
         if diagonal != "lower_right":
             raise ValueError(f"diagonal is {diagonal!r}; allowed: an int or 'lower_right'")
         diagonal = _length(key, layout) - _length(query, layout)
+    seed = None
+    if dropout_p != 0:
+        seed = draw_seed(query) if dropout_seed is None else tensor(dropout_seed)
     arrays, unfold = fold_call(query, key, value, attn_mask, alibi_slopes, sinks, layout)
     result, lse = call(
         *arrays,
+        seed,
         is_causal=bool(is_causal),
         scale=None if scale is None else float(scale),
         window=None if window is None else [-1 if side is None else side for side in window],
@@ -147,6 +164,7 @@ def attention(
         deterministic=bool(deterministic),
         block_m=block_m,
         block_n=block_n,
+        dropout_p=float(dropout_p),
     )
     result, lse = unfold(result, lse)
     return (result, lse) if return_lse else result

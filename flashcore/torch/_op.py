@@ -14,10 +14,13 @@ from flashcore import _C
 from flashcore.torch._shapes import fold
 
 # The options say what flashcore.attention's do, in types that a graph can hold; 'lower_right' has become a number.
-_ARRAYS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask{0}, Tensor? alibi_slopes{0}, Tensor? sinks{0}"
+_ARRAYS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask{0}, Tensor? alibi_slopes{0}, Tensor? sinks{0}, "
+    "Tensor? dropout_seed{0}"
+)
 _OPTIONS = (
     "bool is_causal=False, float? scale=None, SymInt[]? window=None, SymInt diagonal=0, float? softcap=None, "
-    "str layout='bhsd', bool deterministic=False, int? block_m=None, int? block_n=None"
+    "str layout='bhsd', bool deterministic=False, int? block_m=None, int? block_n=None, float dropout_p=0.0"
 )
 _library = torch.library.Library("flashcore", "DEF")
 _library.define(
@@ -36,9 +39,18 @@ _library.define(
 
 # The dispatcher leaves out arguments that hold their default.
 def _forward(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, alibi_slopes: Any = None, sinks: Any = None, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    dropout_seed: Any = None,
+    **options: Any,
 ) -> Any:
-    return _C.forward(query, key, value, attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, **options)
+    return _C.forward(
+        query, key, value, attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_seed=dropout_seed, **options
+    )
 
 
 def _fake_forward(query: Any, key: Any, value: Any, *others: Any, layout: str = "bhsd", **options: Any) -> Any:
@@ -66,7 +78,7 @@ def _backward(*args: Any, **options: Any) -> list[Any]:
 
 
 def _fake_backward(*args: Any, **options: Any) -> list[Any]:
-    inputs, wanted, dout = [*args[:4], args[5]], [*args[-1][:4], args[-1][5]], args[8]
+    inputs, wanted, dout = [*args[:4], args[5]], [*args[-1][:4], args[-1][5]], args[9]
     return [torch.empty_like(x) if want else dout.new_empty(0) for x, want in zip(inputs, wanted, strict=True)]
 
 
@@ -106,7 +118,7 @@ def _differentiate(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
     if dout is None:
         dout = zero_gradient(saved[-2])
     needs = (*ctx.needs_input_grad, False, False, False)  # options that were left out have no entry
-    return call_backward(saved, dout, dlse, needs[:6], ctx.options)
+    return *call_backward(saved, dout, dlse, needs[:6], ctx.options), None  # dropout_seed has none
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
@@ -128,13 +140,20 @@ def _autocast_on(device: str) -> Any:
         return x.to(dtype)
 
     def attention(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, slopes: Any = None, sinks: Any = None, **options: Any
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        slopes: Any = None,
+        sinks: Any = None,
+        dropout_seed: Any = None,
+        **options: Any,
     ) -> Any:
         dtype = torch.get_autocast_dtype(device)
         arrays = [cast(x, dtype, (torch.float64,)) for x in (query, key, value, attn_mask)]
         arrays += [cast(x, dtype, (torch.float32, torch.float64)) for x in (slopes, sinks)]
         with torch.autocast(device, enabled=False):
-            return torch.ops.flashcore.attention(*arrays, **options)
+            return torch.ops.flashcore.attention(*arrays, dropout_seed, **options)
 
     return attention
 
@@ -150,7 +169,23 @@ def _spread(x: Any, dim: int | None, size: int, batch: Any) -> Any:
     return fold(x, (size, batch), x.ndim - 2)
 
 
+def _each(function: Any, info: Any, in_dims: tuple[Any, ...], *arrays: Any) -> Any:
+    """One call for each sample: with dropout, whose numbers count batches, so that samples made batches would draw
+    others than the samples alone."""
+    results = []
+    for i in range(info.batch_size):
+        sample = (x if dim is None else x.select(dim, i) for x, dim in zip(arrays, in_dims, strict=False))
+        results.append(function(*sample))
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _drops(arrays: tuple[Any, ...]) -> bool:
+    return len(arrays) > 6 and arrays[6] is not None
+
+
 def _vmap_call(function: Any, info: Any, in_dims: tuple[Any, ...], query: Any, *others: Any) -> Any:
+    if _drops((query, *others)):
+        return _each(function, info, in_dims, query, *others)
     size, batch = info.batch_size, query.shape[0 if in_dims[0] != 0 else 1]
     out, lse = function(*(_spread(x, dim, size, batch) for x, dim in zip((query, *others), in_dims, strict=False)))
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
@@ -161,9 +196,11 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arrays: Any, **options: 
 
 
 def _vmap_call_backward(function: Any, info: Any, in_dims: tuple[Any, ...], wanted: Any, *arrays: Any) -> Any:
+    if _drops(arrays):
+        return _each(function, info, in_dims, *arrays)
     size, batch = info.batch_size, arrays[0].shape[0 if in_dims[0] != 0 else 1]
     spread = [_spread(x, dim, size, batch) for x, dim in zip(arrays, in_dims, strict=False)]
-    spread[6:8] = [x.contiguous() for x in spread[6:8]]  # results, which the library knows without overlap
+    spread[7:9] = [x.contiguous() for x in spread[7:9]]  # results, which the library knows without overlap
     results = []
     for i, gradient in zip((0, 1, 2, 3, 5), function(*spread), strict=True):
         if not wanted[i]:

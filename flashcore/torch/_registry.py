@@ -14,6 +14,7 @@ import torch.nn.attention
 
 import flashcore
 from flashcore import _C
+from flashcore.torch._call import draw_seed
 
 NAME = "flashcore"
 
@@ -34,8 +35,13 @@ def _cpu(
     attn_mask: Any = None,
     scale: float | None = None,
 ) -> tuple[Any, Any]:
+    if dropout_p:  # PyTorch asks another backend then
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}, and PyTorch's CPU operator has no result in which its backward would find the "
+            "seed; call flashcore.attention, or use flashcore.torch.install()"
+        )
     out = torch.empty_like(query)
-    _, lse = _C.forward(query, key, value, attn_mask, dropout_p, is_causal, scale, out=out)
+    _, lse = _C.forward(query, key, value, attn_mask, 0.0, is_causal, scale, out=out)
     return out, _laid_out(lse, (0, 2, 1))
 
 
@@ -52,7 +58,7 @@ def _cpu_backward(
     attn_mask: Any = None,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    saved = (query, key, value, attn_mask, None, None, out, lse)
+    saved = (query, key, value, attn_mask, None, None, None, out, lse)
     options = {"is_causal": is_causal, "scale": scale}
     gradients = _C.backward(saved, dout, None, (True, True, True, False, False, False), options)
     return tuple(_laid_out(x, (0, 2, 1, 3)) for x in gradients[:3])
@@ -71,10 +77,11 @@ def _cuda(
     """Causal is from the lower right corner here, as in FlashAttention; PyTorch asks it of other squares itself."""
     out = torch.empty_like(query)
     causal = "lower_right" if is_causal else False
-    _, lse = _C.forward(query, key, value, None, dropout_p, causal, scale, out=out)
-    seed = torch.zeros((2,), dtype=torch.uint64, device=query.device)  # dropout's, which there is none of
-    offset = torch.zeros((), dtype=torch.uint64, device=query.device)
-    return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
+    # Seed and offset both, which the operator hands to its backward; the place of the offset alone stays empty.
+    seed = draw_seed(query) if dropout_p else torch.zeros((2,), dtype=torch.int64, device=query.device)
+    _, lse = _C.forward(query, key, value, None, dropout_p, causal, scale, out=out, dropout_seed=seed)
+    unused = torch.zeros((), dtype=torch.uint64, device=query.device)
+    return out, lse, None, None, query.shape[2], key.shape[2], seed.view(torch.uint64), unused, query.new_empty(0)
 
 
 def _cuda_backward(
@@ -96,7 +103,8 @@ def _cuda_backward(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     options = {"is_causal": is_causal, "scale": scale, "diagonal": seqlen_k - seqlen_q if is_causal else 0}
-    saved = (query, key, value, None, None, None, out, lse)
+    options["dropout_p"] = dropout_p
+    saved = (query, key, value, None, None, None, seed, out, lse)
     return _C.backward(saved, dout, None, (True, True, True, False, False, False), options)[:3]
 
 

@@ -74,8 +74,8 @@ def register_transformers(name: str = "FlashCore") -> None:
         flashcore.torch.register_transformers()
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="FlashCore")
 
-    What flashcore does not serve raises NotImplementedError in the model's forward: dropout in training, attention
-    weights, paged caches, packed sequences without a mask, gradients on a GPU.
+    What flashcore does not serve raises NotImplementedError in the model's forward: attention weights, paged caches,
+    packed sequences without a mask.
 
     Args:
         name: another name, without "flash" in lower case: transformers takes that for one of FlashAttention's family,

@@ -15,10 +15,10 @@
  *     dk:  key, value     query, dout, query        dp = c [BLOCK_M][head_dim_v] @ d [BLOCK_N][head_dim_v].T
  *     dv:  key            query, -, dout            gradient += w(s, dp) [BLOCK_M][BLOCK_N] @ x [BLOCK_N][HEAD_DIM]
  *
- * with w = p (dv) or p (dp - delta). So dk and dv see a tile of scores transposed, nothing else differs, and a thread
- * has one gradient in its registers; the price is eight products where a kernel with more registers would have five.
- * `a` stays in shared memory, all else passes through one buffer in chunks, which keeps a block inside the 64 KiB of
- * sm_75.
+ * with w = p (dv) or p (dp - delta); dropout's factors go to the p of dv and to dp. So dk and dv see a tile of scores
+ * transposed, nothing else differs, and a thread has one gradient in its registers; the price is eight products where a
+ * kernel with more registers would have five. `a` stays in shared memory, all else passes through one buffer in chunks,
+ * which keeps a block inside the 64 KiB of sm_75.
  */
 #include <cuda_runtime.h>
 
@@ -29,6 +29,7 @@
 #include "common/tile.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "portable/dropout.cuh"
 #include "portable/products.cuh"
 
 using T = fc::FC_DTYPE;
@@ -64,6 +65,7 @@ struct shared_memory {
         struct {
             float w[BLOCK_M * W_PITCH], x[X_ROWS * X_PITCH];
         };
+        kept_bits kept;
     };
 };
 static_assert(sizeof(shared_memory) <= 64 * 1024, "sm_75 has 64 KiB of shared memory");
@@ -207,6 +209,7 @@ static __device__ __forceinline__ void weigh(float (&w)[ROWS][KEYS], shared_memo
     float dp[ROWS][KEYS] = {};
     if (NEEDS_DP) {
         multiply_c_d(dp, smem, TRANSPOSED ? value : dout, TRANSPOSED ? dout : value, place);
+        drop(dp, smem.kept, args, at.batch, at.head, at.row, at.key, fragment);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
@@ -226,6 +229,7 @@ static __device__ __forceinline__ void weigh(float (&w)[ROWS][KEYS], shared_memo
             w[r][c] = hidden ? 0.0f : NEEDS_DP ? p * dp[r][c] : p;
         }
     }
+    if (!NEEDS_DP) drop(w, smem.kept, args, at.batch, at.head, at.row, at.key, fragment);
 }
 
 /* What a block owns, and the query heads that meet it. */
@@ -291,7 +295,8 @@ __launch_bounds__(THREADS,
             const fc::key_range keys(args, own.first, BLOCK_M);
             const fc::row_range rows(args, own.first, BLOCK_M);
             const int64_t end = OWNS_KEYS ? rows.end : keys.end;
-            for (int64_t walked = OWNS_KEYS ? rows.first : keys.first; walked < end; walked += BLOCK_N) {
+            int64_t walked = OWNS_KEYS ? rows.first : first_drawn(args, keys.first);
+            for (; walked < end; walked += BLOCK_N) {
                 const score_tile at = {own.batch, head, own.head_kv, OWNS_KEYS ? walked : own.first,
                                        OWNS_KEYS ? own.first : walked};
                 float w[ROWS][KEYS] = {};

@@ -20,6 +20,7 @@
 #include "common/tile.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "portable/dropout.cuh"
 #include "portable/products.cuh"
 
 using T = fc::FC_DTYPE;
@@ -43,7 +44,10 @@ struct shared_memory {
         float key[BLOCK_N * K_PITCH];
         float value[V_CHUNK * V_PITCH];
     };
-    float p[BLOCK_M * P_PITCH];
+    union {
+        float p[BLOCK_M * P_PITCH];
+        kept_bits kept; /* until p is written */
+    };
 };
 static_assert(sizeof(shared_memory) <= 64 * 1024, "sm_75 has 64 KiB of shared memory");
 
@@ -99,7 +103,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
         float out[ROWS][COLUMNS] = {};
         fc::row_group<LANES_X> rows(threadIdx.x % 32);
 
-        for (int64_t j = keys.first; j < keys.end; j += BLOCK_N) {
+        for (int64_t j = first_drawn(args, keys.first); j < keys.end; j += BLOCK_N) {
             const T::element *key = fc::row_of<const T::element>(args.key, at.batch, at.head_kv, j);
             const T::element *value = fc::row_of<const T::element>(args.value, at.batch, at.head_kv, j);
 
@@ -118,6 +122,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
             fc::scale_scores(s, args);
             fc::mask_scores<T>(s, args, at.batch, at.head, at.row, j, BLOCK_M, BLOCK_N, fragment);
             rows.step(s, out);
+            drop(s, smem.kept, args, at.batch, at.head, at.row, j, fragment);
 
 #pragma unroll /* so that the registers of s are free once their chunk is written */
             for (int chunk = 0; chunk < BLOCK_N / V_CHUNK; chunk++) {
