@@ -25,6 +25,7 @@
 #include "common/launch.cuh"
 #include "common/mask.cuh"
 #include "common/offsets.cuh"
+#include "common/ptx.cuh"
 #include "common/softmax.cuh"
 #include "common/tile.cuh"
 #include "common/types.cuh"
@@ -69,7 +70,6 @@ struct shared_memory {
     };
 };
 static_assert(sizeof(shared_memory) <= 64 * 1024, "sm_75 has 64 KiB of shared memory");
-extern __shared__ __align__(16) unsigned char dynamic_smem[];
 
 /* Beside a gradient of 256 columns, loads that are converted leave registers for four at a time; measured by ptxas. */
 constexpr int LOADS_IN_FLIGHT = HEAD_DIM > 128 && sizeof(T::element) == 2 ? 4 : 8;
@@ -279,7 +279,7 @@ __launch_bounds__(THREADS,
     const int64_t columns = TARGET == target::dv ? args.head_dim_v : args.head_dim;
     const bool fours = fc::rows_of_fours<T>(result, columns);
     const float factor = TARGET == target::dv ? 1.0f : (float)args.scale;
-    shared_memory &smem = *(shared_memory *)dynamic_smem;
+    shared_memory &smem = *(shared_memory *)dynamic_shared();
     const thread_place place;
 
     for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
@@ -364,7 +364,7 @@ __launch_bounds__(THREADS,
     const int64_t row_tiles = divide_up(stored(dbias, 2, args.seqlen_q), BLOCK_M);
     const int64_t key_tiles = divide_up(stored(dbias, 3, args.seqlen_k), BLOCK_N);
     const int64_t stored_heads = stored(dbias, 1, args.num_heads_q);
-    shared_memory &smem = *(shared_memory *)dynamic_smem;
+    shared_memory &smem = *(shared_memory *)dynamic_shared();
     const thread_place place;
 
     for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
@@ -428,7 +428,7 @@ static __global__ __launch_bounds__(THREADS) void FC_NAME(dsinks_kernel)(const _
     const fc_forward_args &args = params.args.forward;
     const fc_tensor &dsinks = params.args.dsinks;
     const int64_t stored_heads = stored(dsinks, 1, args.num_heads_q);
-    float *sums = (float *)dynamic_smem;
+    float *sums = (float *)dynamic_shared();
 
     for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
         const span heads(dsinks, 1, args.num_heads_q, tile % stored_heads, 1);
@@ -498,7 +498,7 @@ static __global__ __launch_bounds__(THREADS, blocks_per_sm(3 * SCORES)) void FC_
 {
     const fc_forward_args &args = params.args.forward;
     const fc_tensor &dout = params.args.dout, &dlse = params.args.dlse;
-    shared_memory &smem = *(shared_memory *)dynamic_smem;
+    shared_memory &smem = *(shared_memory *)dynamic_shared();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {

@@ -16,6 +16,7 @@
 #include "common/launch.cuh"
 #include "common/mask.cuh"
 #include "common/offsets.cuh"
+#include "common/ptx.cuh"
 #include "common/softmax.cuh"
 #include "common/tile.cuh"
 #include "common/types.cuh"
@@ -76,13 +77,11 @@ struct portable_params {
     int64_t num_tiles;
 };
 
-extern __shared__ __align__(16) unsigned char dynamic_smem[];
-
 static __global__
 __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __grid_constant__ portable_params params)
 {
     const fc_forward_args &args = params.args;
-    shared_memory &smem = *(shared_memory *)dynamic_smem;
+    shared_memory &smem = *(shared_memory *)dynamic_shared();
     const thread_place place;
     const int lane_x = place.lane_x, first_row = place.first_row;
     const fc::fragment fragment = {first_row, LANES_Y, lane_x, LANES_X};
