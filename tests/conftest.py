@@ -7,7 +7,10 @@ Whatever this machine lacks is skipped, and says why.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the oracle's matrix products: as many threads as workers is enough
@@ -22,6 +25,10 @@ import flashcore
 
 # A developer's own tuned choices must not decide what is tested, here or in a process that a test starts.
 os.environ["FLASHCORE_AUTOTUNE"] = "0"
+
+# Nor what inductor compiled for another version, whose results may have lain otherwise in memory.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="flashcore-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 # One fixed set of examples for everyday runs: the suite says the same thing twice. HYPOTHESIS_PROFILE=deep searches on.
 settings.register_profile("everyday", max_examples=150, deadline=None, derandomize=True, database=None)

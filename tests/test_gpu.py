@@ -243,6 +243,20 @@ def test_the_result_is_pytorchs_own_memory() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+def test_record_stream_keeps_the_result() -> None:
+    """What another stream still reads is not given to the next tensor."""
+    q, k, v = qkv(1, 2, 256, 64)
+    out = flashcore.attention(q, k, v)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(HALF_A_SECOND)
+    out.record_stream(side)
+    address = out.data_ptr()
+    del out
+    later = [torch.empty_like(q) for _ in range(4)]
+    assert address not in [x.data_ptr() for x in later]
+
+
 def test_memory_is_linear_in_the_sequence() -> None:
     q, k, v = qkv(1, 1, 32768, 64)
     torch.cuda.synchronize()

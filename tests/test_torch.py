@@ -209,9 +209,6 @@ def test_results_lie_in_memory_as_the_query_does(order: tuple[int, ...], layout:
     assert out.stride() == torch.empty_like(query).stride()
     plain = flashcore.attention(*(x.contiguous() for x in (query, key, value)), layout=layout)
     assert same_bits(out.contiguous(), plain)
-    narrow = flashcore.attention(query, key, value[..., :6], layout=layout)
-    assert narrow.is_contiguous() == query.is_contiguous()
-    assert same_bits(narrow.contiguous(), plain[..., :6].contiguous())
     packed = torch.randn(2, 5, 4, 48)  # a fused projection's result, of which these are views
     views = [x if layout == "bshd" else x.transpose(1, 2) for x in packed.split(16, dim=-1)]
     out = flashcore.attention(*views, layout=layout)

@@ -77,16 +77,6 @@ static int import_array(fc_gradients *g, int which, PyObject *object)
     return place(g, which);
 }
 
-static bool is_row_major(const fc_array *array)
-{
-    int64_t step = 1;
-    for (int i = array->ndim - 1; i >= 0; i--) {
-        if (array->shape[i] != 1 && array->strides[i] != step) return false;
-        step *= array->shape[i];
-    }
-    return true;
-}
-
 /* A gradient's array, like its input: torch lays it in memory as the input is, so what makes the input a view of
  * something (a projection's result, say) need not copy it back. */
 static int make_gradient(fc_gradients *g, int which)
@@ -100,26 +90,15 @@ static int make_gradient(fc_gradients *g, int which)
                      which == DALIBI ? "flashcore computes no gradient of alibi_slopes" : "the call has no such input");
         return -1;
     }
-    if (!input->kind.is_torch || is_row_major(input)) { /* of the fewest microseconds */
-        PyObject *finish = NULL;                        /* of kinds that cannot be written, JAX's arrays */
-        if (fc_result_new(call->state, input, known[which].name, input->dtype, input->ndim, input->shape, false,
-                          call->stream, array, &g->gradients[which], &finish) != 0)
-            return -1;
-        if (finish != NULL) {
-            Py_DECREF(finish);
-            PyErr_Format(PyExc_TypeError, "%s: backward() writes into arrays of numpy and torch", known[which].name);
-            return -1;
-        }
-        g->has[which] = true;
-        return place(g, which);
-    }
-    PyObject *made = PyObject_CallFunctionObjArgs(call->state->torch.empty_like, input->object, NULL);
-    if (made == NULL) return -1;
-    g->gradients[which] = made;
-    fc_kind kind;
-    if (fc_kind_of(call->state, made, &kind) != 0) return -1;
-    if (fc_array_import(call->state, known[which].name, made, &kind, call->stream, call->has_stream, array) != 0)
+    PyObject *finish = NULL;
+    if (fc_result_new(call->state, input, known[which].name, input->dtype, input->ndim, input->shape, call->stream,
+                      array, &g->gradients[which], &finish) != 0)
         return -1;
+    if (finish != NULL) { /* of kinds that cannot be written, JAX's arrays */
+        Py_DECREF(finish);
+        PyErr_Format(PyExc_TypeError, "%s: backward() writes into arrays of numpy and torch", known[which].name);
+        return -1;
+    }
     g->has[which] = true;
     return place(g, which);
 }
@@ -152,8 +131,8 @@ static int make_workspace(fc_gradients *g, uint64_t bytes)
     }
     int64_t count = (int64_t)(bytes / sizeof(float));
     PyObject *finish = NULL;
-    if (fc_result_new(g->call.state, &g->call.arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, false,
-                      g->call.stream, &g->workspace_array, &g->workspace_object, &finish) != 0)
+    if (fc_result_new(g->call.state, &g->call.arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, g->call.stream,
+                      &g->workspace_array, &g->workspace_object, &finish) != 0)
         return -1;
     Py_XDECREF(finish);
     g->workspace = g->workspace_array.data;

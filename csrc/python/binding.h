@@ -169,12 +169,10 @@ void fc_fold(fc_batches *batches);
 bool fc_arrays_overlap(const fc_array *a, const fc_array *b);
 void fc_format_shape(char *text, size_t size, int ndim, const int64_t *shape);
 
-/* result.c. Makes the array of the query's kind that will hold a result, and describes it in `array`: row-major, or,
- * where the kind's allocator can, with the dimensions before the last swapped in memory.
+/* result.c. Makes the array of the query's kind that will hold a result, and describes it in `array`.
  * *finish, where not NULL afterwards, is called after the work to give the object to return. */
 int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
-                  const int64_t *shape, bool swapped, void *stream, fc_array *array, PyObject **object,
-                  PyObject **finish);
+                  const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish);
 
 /* buffer.c */
 extern PyType_Spec fc_buffer_spec;

@@ -338,15 +338,6 @@ typedef struct fc_result {
     PyObject *object, *finish;
 } fc_result;
 
-/* As PyTorch's: heads and rows lie in memory in the query's order, so what a model made by transposing a projection
- * goes back to the next projection without a copy. */
-static bool swaps_heads_and_rows(const fc_call *call)
-{
-    const fc_array *query = &call->arrays[FC_QUERY];
-    int n = call->geometry.out_ndim;
-    return n >= 3 && query->ndim == n && query->strides[n - 3] < query->strides[n - 2];
-}
-
 static int make_result(fc_call *call, enum fc_operand operand, fc_result *result)
 {
     const fc_geometry *g = &call->geometry;
@@ -359,8 +350,8 @@ static int make_result(fc_call *call, enum fc_operand operand, fc_result *result
         Py_INCREF(result->object);
     } else {
         if (fc_result_new(call->state, query, is_lse ? "lse" : "out", dtype, is_lse ? g->lse_ndim : g->out_ndim,
-                          is_lse ? g->lse_shape : g->out_shape, !is_lse && swaps_heads_and_rows(call), call->stream,
-                          &call->arrays[operand], &result->object, &result->finish) != 0)
+                          is_lse ? g->lse_shape : g->out_shape, call->stream, &call->arrays[operand], &result->object,
+                          &result->finish) != 0)
             return -1;
         call->has[operand] = true;
     }

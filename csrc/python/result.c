@@ -1,8 +1,9 @@
 /*
  * result.c - arrays out, made by the allocator of the query's own kind.
  *
- * torch and others with DLPack's C exchange API allocate through it, NumPy through its C API; the rest go through
- * flashcore/_interop.py, where a few lines of Python per library ask for an empty array.
+ * torch makes a tensor like the query where that is the shape. It and others with DLPack's C exchange API allocate
+ * through that, NumPy through its C API; the rest go through flashcore/_interop.py, where a few lines of Python per
+ * library ask for an empty array.
  */
 #include <string.h>
 
@@ -16,24 +17,14 @@ static void allocator_error(void *context, const char *kind, const char *message
                  message != NULL ? message : "no reason given");
 }
 
-static void swap(int64_t *x, int i, int j)
-{
-    int64_t kept = x[i];
-    x[i] = x[j];
-    x[j] = kept;
-}
-
-/* The API makes row-major arrays alone, so one with two dimensions changed in memory is made as its transpose. */
-static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, bool swapped,
-                                 fc_array *array)
+static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim, const int64_t *shape, fc_array *array)
 {
     const dl_exchange_api *api = query->kind.api;
     int64_t sizes[FC_MAX_NDIM], strides[FC_MAX_NDIM], step = 1;
-    for (int i = 0; i < ndim; i++) sizes[i] = shape[i];
-    if (swapped) swap(sizes, ndim - 3, ndim - 2);
     for (int i = ndim - 1; i >= 0; i--) {
+        sizes[i] = shape[i];
         strides[i] = step;
-        step *= sizes[i] > 0 ? sizes[i] : 1;
+        step *= shape[i] > 0 ? shape[i] : 1;
     }
     dl_tensor prototype = {.ndim = ndim, .shape = sizes, .strides = strides};
     prototype.device = (dl_device){query->device_type == FC_CUDA ? DL_CUDA : DL_CPU, query->device_id};
@@ -44,10 +35,6 @@ static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim,
         return NULL;
     }
     void *object = NULL;
-    if (swapped && managed->tensor.strides != NULL) {
-        swap(managed->tensor.shape, ndim - 3, ndim - 2);
-        swap(managed->tensor.strides, ndim - 3, ndim - 2);
-    }
     if (fc_array_from_dl(array, &managed->tensor) != 0) {
         if (managed->deleter != NULL) managed->deleter(managed);
         return NULL;
@@ -90,15 +77,36 @@ done:
     return error;
 }
 
+/* As PyTorch's: laid out in memory as the query is, so that what a model made by transposing a projection goes back to
+ * the next one without a copy; and known to its allocator, which record_stream() asks, as a tensor by DLPack is not. */
+static PyObject *new_by_torch(fc_state *state, const fc_array *query, void *stream, fc_array *array)
+{
+    PyObject *object = PyObject_CallFunctionObjArgs(state->torch.empty_like, query->object, NULL);
+    if (object == NULL) return NULL;
+    fc_kind kind = query->kind;
+    kind.type = Py_TYPE(object); /* of a Parameter, a Tensor */
+    if (fc_array_import(state, array->name, object, &kind, stream, true, array) != 0) Py_CLEAR(object);
+    return object;
+}
+
+static bool has_shape(const fc_array *array, int32_t dtype, int ndim, const int64_t *shape)
+{
+    return array->dtype == dtype && array->ndim == ndim &&
+           memcmp(array->shape, shape, (size_t)ndim * sizeof *shape) == 0;
+}
+
 int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
-                  const int64_t *shape, bool swapped, void *stream, fc_array *array, PyObject **object,
-                  PyObject **finish)
+                  const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish)
 {
     *array = (fc_array){.name = name, .kind = query->kind};
     *object = *finish = NULL;
+    if (query->kind.is_torch && has_shape(query, dtype, ndim, shape)) {
+        *object = new_by_torch(state, query, stream, array);
+        return *object == NULL ? -1 : 0;
+    }
     switch (query->kind.protocol) {
     case FC_BY_EXCHANGE:
-        *object = new_by_exchange(query, dtype, ndim, shape, swapped, array);
+        *object = new_by_exchange(query, dtype, ndim, shape, array);
         break;
     case FC_BY_NUMPY:
         *object = fc_numpy_new(state, query, dtype, ndim, shape, array);

@@ -37,6 +37,16 @@ _library.define(
 # ---- the kernels ----
 
 
+def _empty_result(query: Any, value: Any) -> Any:
+    """Heads and rows in the query's order in memory, as in an eager call. For both kernels below: compilers trust what
+    the fake one says.
+    """
+    batch, *sizes, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, *reversed(sizes), value.shape[-1])).transpose(1, 2)
+    return query.new_empty((batch, *sizes, value.shape[-1]))
+
+
 # The dispatcher leaves out arguments that hold their default.
 def _forward(
     query: Any,
@@ -48,6 +58,8 @@ def _forward(
     dropout_seed: Any = None,
     **options: Any,
 ) -> Any:
+    if query.ndim == value.ndim == 4:  # else it is refused, in words
+        options["out"] = _empty_result(query, value)
     return _C.forward(
         query, key, value, attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, dropout_seed=dropout_seed, **options
     )
@@ -63,9 +75,7 @@ def _fake_forward(query: Any, key: Any, value: Any, *others: Any, layout: str = 
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit together in "
             f"layout {layout!r}: batch and key's head_dim and length must agree, and query's heads be a multiple"
         )
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    if query.stride(1) < query.stride(2):  # as the kernels lay it out: in the query's order
-        out = query.new_empty((batch, query.shape[2], query.shape[1], value.shape[-1])).transpose(1, 2)
+    out = _empty_result(query, value)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((batch, heads, rows), dtype=lse_dtype)
 
