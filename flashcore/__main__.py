@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 
@@ -35,10 +36,16 @@ def info() -> int:
     print(f"tuned     {summary()}")
     for name in ("torch", "numpy", "cupy", "jax"):
         print(f"{name:9} {_version_of(name)}")
-    print("kernels, in the order in which they are tried:")
-    for kernel in flashcore.kernels():
-        print(f"  {kernel.name:32} {kernel.device:5} {'usable' if kernel.usable else 'not usable here'}")
+    print("kernels, a CUDA kernel's name ending in one of its tiles (query rows x keys):")
+    for usable, kernels in itertools.groupby(flashcore.kernels(), key=lambda kernel: kernel.usable):
+        print("  usable:" if usable else "  not usable here:")
+        for stem, tiles in itertools.groupby(kernels, key=_without_tile):
+            print(f"    {' '.join([stem, *(kernel.name.removeprefix(stem) for kernel in tiles)]).rstrip()}")
     return 0
+
+
+def _without_tile(kernel: flashcore.Kernel) -> str:
+    return kernel.name if kernel.device == "cpu" else kernel.name.rpartition("_")[0] + "_"
 
 
 def _version_of(distribution: str) -> str:
