@@ -270,6 +270,8 @@ static void add_to_dq(const block *t, const struct row_tile *tile, const struct 
         multiply(t->head_width / LANES, run->rows, t->key + run->begin * t->key_stride, t->key_stride,
                  t->gradient + run->row * BLOCK_N + run->begin, 1, BLOCK_N, keys, dq + run->row * stride, stride, true);
     }
+    for (int64_t row = 0; row < t->rows; row++) /* of a key that its neighbours see a dark row may have 0 * NaN */
+        if (t->base[row] == (real)INFINITY) memset(dq + row * stride, 0, (size_t)t->args->head_dim * sizeof(real));
     atomic_store(ticket, turn + 1);
 }
 
