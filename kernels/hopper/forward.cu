@@ -112,7 +112,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     fc::shown_keys<T> shown;
     uint32_t turn = 0;
     bool first = true;
-    fc::tile_work work;
+    fc::tile_work work = {};
     const auto load_query = [&] {
         mbarrier_wait(at(smem.query_empty[queries.stage]), queries.phase ^ 1);
         if (MASK == mask_class::general) {
