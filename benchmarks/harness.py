@@ -196,9 +196,7 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
             figures["refused"] = str(reason)
             continue
         serving.append(item)
-        if not question.compares:
-            pass
-        elif item.kind == "peer" and expected is None:
+        if question.compares and item.kind == "peer" and expected is None:
             expected = output
         elif item.kind == "ours" and expected is not None:
             figures["disagreement"] = disagreement(output, expected)

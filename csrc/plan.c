@@ -22,8 +22,7 @@
 #define CPU_KERNEL(name, isa)                                                                                          \
     {"cpu_" name, "cpu", NULL, FC_CPU, FC_NONE, 256, FC_CPU_BLOCK_M, FC_CPU_BLOCK_N, 0, isa, fc_family_cpu, fc_mask_any}
 
-/* Let the table below turn columns of variants.def into numbers. */
-enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
+/* Lets the table below turn the arch column of variants.def into a number; internal.h has the others. */
 enum { arch_75 = 75, arch_90a = FC_EXACTLY + 90 };
 
 const fc_kernel fc_kernels[] = {

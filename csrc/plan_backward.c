@@ -20,9 +20,6 @@ struct backward_half {
     int32_t block_m, block_n, threads;
 };
 
-/* Let the table below turn columns of variants.def into numbers. */
-enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
-
 static const struct backward_half halves[] = {
     {fc_family_cpu, FC_NONE, 256, fc_mask_any, NULL, FC_CPU_BACKWARD_BLOCK_M, FC_CPU_BACKWARD_BLOCK_N, 0},
 #ifdef FC_WITH_CUDA
