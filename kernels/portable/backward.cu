@@ -2,14 +2,13 @@
  * backward.cu - the gradients of attention on any GPU from sm_75: any dtype, any head_dim to 256, every option.
  *
  *     prepare    delta = dout . out - dlse, and what turns a row's scores into probabilities: row_facts, in workspace
- *     gradient   dq, dk or dv [BLOCK_M, head_dim]: a block owns these rows, or keys, and walks all that meet them
- *     dbias      a block owns a tile of dbias and walks all that it sums
- *     dsinks     a block owns an element
+ *     gradients  dq, dk and dv [BLOCK_M, head_dim]: a block owns these rows, or keys, of one, and walks all that meet
+ * them dbias      a block owns a tile of dbias and walks all that it sums dsinks     a block owns an element
  *
  * Nobody adds to what another block owns, and every sum has one order: the bits are the same in each run, and do not
  * depend on which gradients are wanted. All arithmetic is float32 multiply-add on the ordinary cores.
  *
- * The trick is that dq, dk and dv are one kernel. What a block owns is a and c, what it walks b, d and x:
+ * The trick is that dq, dk and dv are one computation. What a block owns is a and c, what it walks b, d and x:
  *
  *     dq:  query, dout    key, value, key           s  = a [BLOCK_M][head_dim]   @ b [BLOCK_N][head_dim].T
  *     dk:  key, value     query, dout, query        dp = c [BLOCK_M][head_dim_v] @ d [BLOCK_N][head_dim_v].T
@@ -83,7 +82,8 @@ static_assert(sizeof(row_facts) == FC_PORTABLE_BACKWARD_ROW_BYTES, "the workspac
 struct backward_params {
     fc_backward_args args;
     int64_t num_tiles;
-    row_facts *facts; /* [batch][num_heads_q][seqlen_q] */
+    int64_t dq_tiles, dk_tiles; /* gradients_kernel's first ones; the rest are dv's */
+    row_facts *facts;           /* [batch][num_heads_q][seqlen_q] */
 };
 
 /* Those of one query head's rows. */
@@ -261,15 +261,10 @@ constexpr int blocks_per_sm(int sums)
     return by_registers < by_memory ? by_registers : by_memory;
 }
 constexpr int SCORES = ROWS * KEYS;
-constexpr int gradient_blocks(target wanted)
-{
-    return blocks_per_sm((wanted == target::dv ? 1 : 2) * SCORES + ROWS * COLUMNS);
-}
-
+/* The gradient of what tile `tile` of TARGET's owns. */
 template <target TARGET>
-static __global__
-__launch_bounds__(THREADS,
-                  gradient_blocks(TARGET)) void FC_NAME(gradient_kernel)(const __grid_constant__ backward_params params)
+static __device__ __forceinline__ void compute_gradient(const backward_params &params, shared_memory &smem,
+                                                        int64_t tile, const thread_place &place)
 {
     constexpr bool OWNS_KEYS = owns_keys(TARGET);
     const fc_forward_args &args = params.args.forward;
@@ -279,48 +274,60 @@ __launch_bounds__(THREADS,
     const int64_t columns = TARGET == target::dv ? args.head_dim_v : args.head_dim;
     const bool fours = fc::rows_of_fours<T>(result, columns);
     const float factor = TARGET == target::dv ? 1.0f : (float)args.scale;
+
+    const owned_tile own = locate_owned<TARGET>(args, tile);
+    const int64_t own_head = OWNS_KEYS ? own.head_kv : own.first_head;
+    const int64_t own_seqlen = OWNS_KEYS ? args.seqlen_k : args.seqlen_q;
+    const matrix a(OWNS_KEYS ? args.key : args.query, own.batch, own_head, own.first, own_seqlen, args.head_dim);
+    a.load<BLOCK_M, HEAD_DIM, A_PITCH>(smem.a, 0, 0);
+
+    float gradient[ROWS][COLUMNS] = {};
+    for (int64_t head = own.first_head; head < own.end_head; head++) {
+        const row_facts *facts = facts_of(params, own.batch, head);
+        const fc::key_range keys(args, own.first, BLOCK_M);
+        const fc::row_range rows(args, own.first, BLOCK_M);
+        const int64_t end = OWNS_KEYS ? rows.end : keys.end;
+        int64_t walked = OWNS_KEYS ? rows.first : first_drawn(args, keys.first);
+        for (; walked < end; walked += BLOCK_N) {
+            const score_tile at = {own.batch, head, own.head_kv, OWNS_KEYS ? walked : own.first,
+                                   OWNS_KEYS ? own.first : walked};
+            float w[ROWS][KEYS] = {};
+            weigh<TARGET>(w, smem, params, at, place);
+            const matrix x = TARGET == target::dq
+                                 ? matrix(args.key, at.batch, at.head_kv, at.key, args.seqlen_k, columns)
+                                 : matrix(TARGET == target::dk ? args.query : params.args.dout, at.batch, at.head,
+                                          at.row, args.seqlen_q, columns, facts + at.row);
+            multiply_w_x(gradient, w, smem, x, place);
+        }
+    }
+
+    const row_facts *facts = facts_of(params, own.batch, own.first_head);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t row = own.first + place.first_row + r * LANES_Y;
+        if (row >= own_seqlen) continue;
+        if (!OWNS_KEYS && facts[row].base == INFINITY) { /* it sees no key, though its dq may be 0 * NaN */
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) gradient[r][c] = 0;
+        }
+        write_row<T>(fc::row_of<T::element>(result, own.batch, own_head, row), result.strides[3], columns, fours,
+                     gradient[r], factor, place.lane_x);
+    }
+}
+
+/* All three in one launch: a small problem's tiles run side by side, and the host's time is spent once. */
+static __global__ __launch_bounds__(THREADS, blocks_per_sm(2 * SCORES + ROWS * COLUMNS)) void FC_NAME(gradients_kernel)(
+    const __grid_constant__ backward_params params)
+{
     shared_memory &smem = *(shared_memory *)dynamic_shared();
     const thread_place place;
-
     for (int64_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
-        const owned_tile own = locate_owned<TARGET>(args, tile);
-        const int64_t own_head = OWNS_KEYS ? own.head_kv : own.first_head;
-        const int64_t own_seqlen = OWNS_KEYS ? args.seqlen_k : args.seqlen_q;
-        const matrix a(OWNS_KEYS ? args.key : args.query, own.batch, own_head, own.first, own_seqlen, args.head_dim);
-        a.load<BLOCK_M, HEAD_DIM, A_PITCH>(smem.a, 0, 0);
-
-        float gradient[ROWS][COLUMNS] = {};
-        for (int64_t head = own.first_head; head < own.end_head; head++) {
-            const row_facts *facts = facts_of(params, own.batch, head);
-            const fc::key_range keys(args, own.first, BLOCK_M);
-            const fc::row_range rows(args, own.first, BLOCK_M);
-            const int64_t end = OWNS_KEYS ? rows.end : keys.end;
-            int64_t walked = OWNS_KEYS ? rows.first : first_drawn(args, keys.first);
-            for (; walked < end; walked += BLOCK_N) {
-                const score_tile at = {own.batch, head, own.head_kv, OWNS_KEYS ? walked : own.first,
-                                       OWNS_KEYS ? own.first : walked};
-                float w[ROWS][KEYS] = {};
-                weigh<TARGET>(w, smem, params, at, place);
-                const matrix x = TARGET == target::dq
-                                     ? matrix(args.key, at.batch, at.head_kv, at.key, args.seqlen_k, columns)
-                                     : matrix(TARGET == target::dk ? args.query : params.args.dout, at.batch, at.head,
-                                              at.row, args.seqlen_q, columns, facts + at.row);
-                multiply_w_x(gradient, w, smem, x, place);
-            }
-        }
-
-        const row_facts *facts = facts_of(params, own.batch, own.first_head);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const int64_t row = own.first + place.first_row + r * LANES_Y;
-            if (row >= own_seqlen) continue;
-            if (!OWNS_KEYS && facts[row].base == INFINITY) { /* it sees no key, though its dq may be 0 * NaN */
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) gradient[r][c] = 0;
-            }
-            write_row<T>(fc::row_of<T::element>(result, own.batch, own_head, row), result.strides[3], columns, fours,
-                         gradient[r], factor, place.lane_x);
-        }
+        if (tile < params.dq_tiles)
+            compute_gradient<target::dq>(params, smem, tile, place);
+        else if (tile < params.dq_tiles + params.dk_tiles)
+            compute_gradient<target::dk>(params, smem, tile - params.dq_tiles, place);
+        else
+            compute_gradient<target::dv>(params, smem, tile - params.dq_tiles - params.dk_tiles, place);
     }
 }
 
@@ -538,21 +545,20 @@ static cudaError_t launch(backward_params params, int64_t num_tiles, const fc_pl
 extern "C" int FC_NAME(backward)(const fc_backward_args *args, const fc_plan *plan, void *workspace, void *stream)
 {
     const fc_forward_args &f = args->forward;
-    const backward_params params = {*args, 0, (row_facts *)workspace};
     const int64_t row_tiles = f.batch * f.num_heads_q * divide_up(f.seqlen_q, BLOCK_M);
     const int64_t key_tiles = f.batch * f.num_heads_kv * divide_up(f.seqlen_k, BLOCK_M);
+    const int64_t dq_tiles = args->dq.dtype != FC_NONE ? row_tiles : 0;
+    const int64_t dk_tiles = args->dk.dtype != FC_NONE ? key_tiles : 0;
+    const int64_t dv_tiles = args->dv.dtype != FC_NONE ? key_tiles : 0;
     const int64_t dbias_tiles = stored(args->dbias, 0, f.batch) * stored(args->dbias, 1, f.num_heads_q) *
                                 divide_up(stored(args->dbias, 2, f.seqlen_q), BLOCK_M) *
                                 divide_up(stored(args->dbias, 3, f.seqlen_k), BLOCK_N);
     const int64_t sinks = stored(args->dsinks, 0, f.batch) * stored(args->dsinks, 1, f.num_heads_q);
 
+    const backward_params params = {*args, 0, dq_tiles, dk_tiles, (row_facts *)workspace};
     cudaError_t error = launch<FC_NAME(prepare_kernel)>(params, row_tiles, plan, stream);
-    if (error == cudaSuccess && args->dq.dtype != FC_NONE)
-        error = launch < FC_NAME(gradient_kernel) < target::dq >> (params, row_tiles, plan, stream);
-    if (error == cudaSuccess && args->dk.dtype != FC_NONE)
-        error = launch < FC_NAME(gradient_kernel) < target::dk >> (params, key_tiles, plan, stream);
-    if (error == cudaSuccess && args->dv.dtype != FC_NONE)
-        error = launch < FC_NAME(gradient_kernel) < target::dv >> (params, key_tiles, plan, stream);
+    if (error == cudaSuccess)
+        error = launch<FC_NAME(gradients_kernel)>(params, dq_tiles + dk_tiles + dv_tiles, plan, stream);
     if (error == cudaSuccess && args->dbias.dtype != FC_NONE)
         error = launch<FC_NAME(dbias_kernel)>(params, dbias_tiles, plan, stream);
     if (error == cudaSuccess && args->dsinks.dtype != FC_NONE)
