@@ -175,6 +175,16 @@ static fc_status run_cuda_backward(int32_t device_id, const fc_backward_args *ar
     return fc_cuda_fail(error, "launching a backward kernel");
 }
 
+static fc_status run(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan,
+                     void *workspace, uint64_t workspace_bytes, void *stream)
+{
+    fc_status status = check_workspace(workspace, workspace_bytes, plan->workspace_bytes, "fc_attention_plan");
+    if (status != FC_OK) return status;
+    if (plan->grid == 0) return FC_OK; /* no rows: nothing to write */
+    if (problem->device_type == FC_CPU) return run_cpu(args, plan);
+    return run_cuda(problem, args, plan, workspace, stream);
+}
+
 fc_status fc_attention_forward(const fc_attention_problem *given, void *workspace, uint64_t workspace_bytes,
                                void *stream)
 {
@@ -183,12 +193,29 @@ fc_status fc_attention_forward(const fc_attention_problem *given, void *workspac
     fc_device device;
     fc_plan plan;
     fc_status status = check_and_plan(given, true, NULL, &problem, &args, &device, &plan);
+    return status == FC_OK ? run(&problem, &args, &plan, workspace, workspace_bytes, stream) : status;
+}
+
+/* Of the caller's plan only the choice is taken; what follows from it is cheap to find, and then sure to fit. */
+fc_status fc_attention_run(const fc_attention_problem *given, const fc_plan *given_plan, void *workspace,
+                           uint64_t workspace_bytes, void *stream)
+{
+    fc_attention_problem problem;
+    fc_forward_args args;
+    fc_device device;
+    fc_plan plan;
+    fc_status status = check_plan_struct(given_plan);
+    if (status == FC_OK) status = fc_check(given, true, &problem, &args);
+    if (status == FC_OK) status = find_device(&problem, NULL, &device);
     if (status != FC_OK) return status;
-    status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, "fc_attention_plan");
-    if (status != FC_OK) return status;
-    if (plan.grid == 0) return FC_OK; /* no rows: nothing to write */
-    if (problem.device_type == FC_CPU) return run_cpu(&args, &plan);
-    return run_cuda(&problem, &args, &plan, workspace, stream);
+    const char *name = fc_kernel_name(given_plan->kernel);
+    if (name == NULL || !fc_kernel_is_usable(given_plan->kernel, &problem, &args, &device))
+        return fc_fail(FC_INVALID,
+                       "fc_plan.kernel is %" PRId32 " (%s), which does not serve this problem; ask "
+                       "fc_attention_plan for a plan of it",
+                       given_plan->kernel, name == NULL ? "none" : name);
+    status = fc_plan_forward(&problem, &args, &device, given_plan->kernel, &plan);
+    return status == FC_OK ? run(&problem, &args, &plan, workspace, workspace_bytes, stream) : status;
 }
 
 static fc_status check_and_plan_backward(const fc_backward_problem *given, bool need_data,

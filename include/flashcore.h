@@ -250,6 +250,14 @@ FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void 
                                       void *stream);
 
 /*
+ * The same with a plan that fc_attention_plan made for the problem, which spares its making: of all kernels only the
+ * plan's is looked at. Arrays may have moved since; a plan of another problem is FC_INVALID where its kernel does not
+ * serve this one, and else no more than slow.
+ */
+FC_API fc_status fc_attention_run(const fc_attention_problem *problem, const fc_plan *plan, void *workspace,
+                                  uint64_t workspace_bytes, void *stream);
+
+/*
  * Tuning: which kernel serves a problem best on this device can be measured, and the planner told. Nothing is ever
  * measured but by fc_attention_measure. A tuner asks for the candidates of a problem, measures each with the problem's
  * kernel forced, and adds the fastest under the problem's class.

@@ -110,6 +110,7 @@ def library() -> Any:
         getattr(lib, name).restype = ctypes.c_char_p
     lib.fc_attention_plan.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     lib.fc_attention_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+    lib.fc_attention_run.argtypes = [ctypes.c_void_p, *lib.fc_attention_forward.argtypes]
     lib.fc_attention_backward_plan.argtypes = lib.fc_attention_plan.argtypes
     lib.fc_attention_backward.argtypes = lib.fc_attention_forward.argtypes
     lib.fc_attention_class.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
@@ -264,6 +265,10 @@ def add_tuned(device: Device, made: Problem, kernel: bytes) -> int:
 
 def forward(made: Problem) -> int:
     return int(library().fc_attention_forward(ctypes.byref(made), None, 0, None))
+
+
+def run(made: Problem, plan: Plan) -> int:
+    return int(library().fc_attention_run(ctypes.byref(made), ctypes.byref(plan), None, 0, None))
 
 
 def backward_problem(forward: Problem, dout: Any, **fields: Any) -> BackwardProblem:

@@ -129,6 +129,49 @@ def test_a_newer_plan_keeps_its_tail(arrays: list[np.ndarray]) -> None:
     assert plan.known.block_m > 0
 
 
+# A plan that is made once
+
+
+def test_a_plan_runs_again_on_other_arrays(arrays: list[np.ndarray]) -> None:
+    status, plan = capi.plan(capi.problem(*arrays))
+    assert status == OK
+    for _ in range(2):
+        arrays = [np.random.default_rng(42).standard_normal(x.shape).astype(x.dtype) for x in arrays]
+        assert capi.run(capi.problem(*arrays), plan) == OK, capi.last_error()
+        reference.assert_close(arrays[3], *arrays[:3])
+
+
+def test_a_plan_is_followed(arrays: list[np.ndarray]) -> None:
+    """Forced to another kernel, the problem no longer agrees with its plan."""
+    made = capi.problem(*arrays)
+    status, plan = capi.plan(made)
+    assert status == OK
+    made.kernel = b"cpu_baseline"
+    status, other = capi.plan(made)
+    assert status == OK
+    assert other.kernel != plan.kernel or capi.library().fc_kernel_name(plan.kernel) == b"cpu_baseline"
+    assert capi.run(made, other) == OK
+    if other.kernel != plan.kernel:
+        assert capi.run(made, plan) == INVALID
+        assert "does not serve this problem" in capi.last_error()
+
+
+@pytest.mark.parametrize("chosen", [-1, 2**31 - 1, "of another device"])
+def test_a_plan_of_no_kernel_of_the_problem_is_refused(arrays: list[np.ndarray], chosen: Any) -> None:
+    made = capi.problem(*arrays)
+    status, plan = capi.plan(made)
+    assert status == OK
+    if chosen == "of another device":
+        devices = [kernel.device for kernel in flashcore.kernels()]
+        if "cuda" not in devices:
+            pytest.skip("this build has the CPU's kernels alone")
+        chosen = devices.index("cuda")
+    plan.kernel = chosen
+    assert capi.run(made, plan) == INVALID
+    assert f"fc_plan.kernel is {chosen}" in capi.last_error()
+    assert np.isnan(arrays[3]).all(), "a refused call wrote"
+
+
 # Null pointers and other mistakes of C callers
 
 
@@ -140,6 +183,8 @@ def test_null_structs(arrays: list[np.ndarray]) -> None:
         lib.fc_attention_forward(None, None, 0, None),
         lib.fc_attention_plan(None, None, ctypes.byref(plan)),
         lib.fc_attention_plan(ctypes.byref(made), None, None),
+        lib.fc_attention_run(None, ctypes.byref(plan), None, 0, None),
+        lib.fc_attention_run(ctypes.byref(made), None, None, 0, None),
         lib.fc_attention_backward(None, None, 0, None),
         lib.fc_attention_backward_plan(None, None, ctypes.byref(plan)),
         lib.fc_device_query(capi.CPU, 0, None),

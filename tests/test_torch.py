@@ -159,8 +159,14 @@ def test_out_that_requires_grad() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*nested tensors.*")
 def test_other_layouts() -> None:
     q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match=r"query has layout.*sparse.*to_dense"):
-        flashcore.attention(q.to_sparse(), k, v)
+    rows = q.reshape(-1, q.shape[-1])
+    for other in (q.to_sparse(), rows.to_sparse_csr(), rows.to_sparse_bsc((2, 2)), q.to_mkldnn()):
+        with pytest.raises(NotImplementedError, match=r"query has layout.*to_dense"):
+            flashcore.attention(other, k, v)
+        with pytest.raises(NotImplementedError, match=r"value has layout.*to_dense"):
+            flashcore.attention(q, k, other)
+    with pytest.raises(NotImplementedError, match=r"attn_mask has layout.*to_dense"):
+        flashcore.attention(q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2]).to_sparse())
     for layout in (torch.jagged, torch.strided):
         nested = torch.nested.nested_tensor([q[0], q[1]], layout=layout)
         with pytest.raises(NotImplementedError, match=r"query .*nested"):

@@ -81,7 +81,7 @@ typedef struct fc_state {
     struct {
         PyObject *tensor_type, *parameter_type, *strided;
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
-            *is_legacy_batched, *tracing_state;
+            *is_legacy_batched, *is_tracing;
         PyObject *forward_ad, *get_num_threads, *empty_like;
         PyObject *is_autocast_enabled, *get_autocast_dtype;
         PyObject *integration; /* flashcore.torch._call, once needed */
@@ -123,6 +123,7 @@ PyObject *fc_numpy_new(fc_state *state, const fc_array *like, int32_t dtype, int
 /* What torch has switched on around a call. */
 typedef struct fc_torch_modes {
     bool autocast;
+    bool tangents; /* a tensor may carry one: the call is inside torch.autograd.forward_ad.dual_level() */
     bool dispatch; /* something of torch's must see the call: a mode, a transform, a subclass, a lazy view */
 } fc_torch_modes;
 
@@ -131,7 +132,7 @@ int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes);
 int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
                           bool *wants_gradient, fc_torch_modes *modes);
 /* Why an import failed, in better words; or 0, where it is the dispatcher's to serve the call. */
-int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes);
+int fc_torch_import_failed(fc_state *state, const char *name, PyObject *tensor, fc_torch_modes *modes);
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads);
 PyObject *fc_torch_integration(fc_state *state,
                                const char *function); /* of flashcore/torch/_call.py; a new reference */

@@ -134,7 +134,8 @@ static int import_one(fc_call *call, enum fc_operand operand, const char *name, 
     if (operand == FC_QUERY && asks_stream && find_stream(call, &kind) != 0) return -1;
     fc_array *array = &call->arrays[operand];
     if (fc_array_import(call->state, name, object, &kind, call->stream, call->has_stream, array) != 0)
-        if (!kind.is_torch || call->below_dispatcher || fc_torch_import_failed(name, object, &call->modes) != 0)
+        if (!kind.is_torch || call->below_dispatcher ||
+            fc_torch_import_failed(call->state, name, object, &call->modes) != 0)
             return -1;
     if (call->modes.dispatch) return check_dispatch(call, name);
     call->has[operand] = true;
@@ -437,8 +438,10 @@ static int run(fc_call *call)
     fc_attention_problem *problem = &call->problem;
     int64_t num_calls = fc_call_fold(call);
     fc_plan plan = {.struct_size = sizeof plan};
-    if (problem->device_type == FC_CUDA) {
-        fc_status status = fc_attention_plan(problem, NULL, &plan);
+    fc_status status = FC_OK;
+    bool on_gpu = problem->device_type == FC_CUDA;
+    if (on_gpu) {
+        status = fc_attention_plan(problem, NULL, &plan);
         if (status != FC_OK) return fc_raise_status(status);
         if (fc_report_slow(call->state, problem, &plan) != 0) return -1;
         if (order_streams(call, true) != 0) return -1;
@@ -448,12 +451,12 @@ static int run(fc_call *call)
         for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) first[operand] = *fc_tensor_of(problem, operand);
 
     void *workspace = NULL;
-    fc_status status = FC_OK;
     Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
         fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
     for (int64_t i = 0; i < num_calls && status == FC_OK; i++) {
         if (num_calls > 1) step_to(call, first, call->batches.ndim - 1, i);
-        status = fc_attention_forward(problem, workspace, plan.workspace_bytes, call->stream);
+        status = on_gpu ? fc_attention_run(problem, &plan, workspace, plan.workspace_bytes, call->stream)
+                        : fc_attention_forward(problem, NULL, 0, NULL);
     }
     if (workspace != NULL && fc_free(problem->device_type, problem->device_id, workspace, call->stream) != FC_OK &&
         status == FC_OK)

@@ -3,7 +3,7 @@
  *
  * DLPack's C exchange API hands over pointers and nothing else: it would drop gradients, ignore a sign bit, and pass by
  * autocast, tracing, modes and functorch. So each tensor and the mode stacks are looked at first, through torch's
- * own C functions (about 0.5 us for a call). What is not a plain eager call on plain tensors takes a way that torch
+ * own C functions (about 0.4 us for a call). What is not a plain eager call on plain tensors takes a way that torch
  * sees (autograd.c), or is refused in words.
  */
 #include "binding.h"
@@ -36,7 +36,7 @@ int fc_torch_load(fc_state *state, PyObject *torch)
         {&state->torch.dispatch_modes, "_C", "_len_torch_dispatch_stack", NULL, false},
         {&state->torch.functorch_level, "_C", "_functorch", "maybe_current_level", true},
         {&state->torch.is_legacy_batched, "_C", "_functorch", "is_legacy_batchedtensor", true},
-        {&state->torch.tracing_state, "_C", "_get_tracing_state", NULL, false},
+        {&state->torch.is_tracing, "_C", "_is_tracing", NULL, false},
         {&state->torch.forward_ad, "autograd", "forward_ad", NULL, true},
         {&state->torch.get_num_threads, "get_num_threads", NULL, NULL, false},
         {&state->torch.empty_like, "empty_like", NULL, NULL, false},
@@ -75,31 +75,32 @@ static int is_true(PyObject *function)
 }
 
 /* Inside torch.autograd.forward_ad.dual_level() a tensor may carry a tangent; outside (level -1) none can. */
-static int has_tangent(fc_state *state, PyObject *tensor)
+static bool has_tangents(fc_state *state)
 {
-    if (state->torch.forward_ad == NULL) return 0;
+    if (state->torch.forward_ad == NULL) return false;
     PyObject *level = PyObject_GetAttr(state->torch.forward_ad, state->torch.name_current_level);
-    if (level == NULL) { /* a private name; without it there is nothing to ask */
-        PyErr_Clear();
-        return 0;
-    }
-    long number = PyLong_AsLong(level);
-    Py_DECREF(level);
-    if (number < 0) {
-        PyErr_Clear();
-        return 0;
-    }
+    long number = level == NULL ? -1 : PyLong_AsLong(level);
+    Py_XDECREF(level);
+    PyErr_Clear(); /* a private name; without it there is nothing to ask */
+    return number >= 0;
+}
+
+static int refuse_tangent(fc_state *state, const char *name, PyObject *tensor)
+{
     PyObject *function = fc_interop(state, "torch_has_tangent");
     PyObject *answer = function == NULL ? NULL : PyObject_CallFunctionObjArgs(function, tensor, NULL);
     Py_XDECREF(function);
     if (answer == NULL) return -1;
     int truth = PyObject_IsTrue(answer);
     Py_DECREF(answer);
-    return truth;
+    if (truth > 0)
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s carries a forward-mode tangent, which flashcore %s does not propagate yet; pass %s.detach()",
+                     name, fc_version(), name);
+    return truth == 0 ? 0 : -1;
 }
 
-int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
-                          bool *wants_gradient, fc_torch_modes *modes)
+static int check_layout(fc_state *state, const char *name, PyObject *tensor)
 {
     PyObject *layout = PyObject_GetAttr(tensor, state->torch.name_layout);
     if (layout == NULL) return -1;
@@ -109,11 +110,17 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, c
                      "%s has layout %R; allowed: torch.strided. Call .to_dense(), or pad a nested tensor, first", name,
                      layout);
     Py_DECREF(layout);
-    if (!strided) return -1;
-    if (kind->is_subclass) {
-        modes->dispatch = true;
-        return 0;
-    }
+    return strided ? 0 : -1;
+}
+
+/* Of a plain call's tensor the layout is not asked: another than strided has no strides, so its import fails, and then
+ * fc_torch_import_failed looks. */
+int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, const fc_kind *kind,
+                          bool *wants_gradient, fc_torch_modes *modes)
+{
+    modes->dispatch |= kind->is_subclass;
+    if (modes->dispatch && check_layout(state, name, tensor) != 0) return -1;
+    if (kind->is_subclass) return 0;
 
     PyObject *requires_grad = PyObject_GetAttr(tensor, state->torch.name_requires_grad);
     if (requires_grad == NULL) return -1;
@@ -124,15 +131,7 @@ int fc_torch_check_tensor(fc_state *state, const char *name, PyObject *tensor, c
         if (enabled < 0) return -1;
         *wants_gradient = enabled;
     }
-
-    int tangent = has_tangent(state, tensor);
-    if (tangent < 0) return -1;
-    if (tangent) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s carries a forward-mode tangent, which flashcore %s does not propagate yet; pass %s.detach()",
-                     name, fc_version(), name);
-        return -1;
-    }
+    if (modes->tangents && refuse_tangent(state, name, tensor) != 0) return -1;
 
     PyObject *is_neg = PyObject_CallMethodObjArgs(tensor, state->torch.name_is_neg, NULL);
     if (is_neg == NULL) return -1;
@@ -158,10 +157,11 @@ int fc_torch_check_modes(fc_state *state, fc_torch_modes *modes)
     int active = is_true(state->torch.is_any_autocast_enabled);
     if (active < 0) return -1;
     modes->autocast = active;
+    modes->tangents = has_tangents(state);
     active = has_function_mode(state);
     if (active == 0) active = is_true(state->torch.dispatch_modes);
     if (active == 0) active = is_true(state->torch.functorch_level);
-    if (active == 0) active = is_true(state->torch.tracing_state);
+    if (active == 0) active = is_true(state->torch.is_tracing);
     if (active < 0) return -1;
     modes->dispatch = active;
     return 0;
@@ -185,7 +185,7 @@ int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count)
         fc_kind kind;
         bool wants_gradient;
         if (tensors[i] == Py_None) continue;
-        if (fc_kind_of(state, tensors[i], &kind) != 0) return -1;
+        if (fc_kind_of(state, tensors[i], &kind) != 0 || check_layout(state, "a gradient", tensors[i]) != 0) return -1;
         if (fc_torch_check_tensor(state, "a gradient", tensors[i], &kind, &wants_gradient, &modes) != 0) return -1;
     }
     return !modes.dispatch;
@@ -207,25 +207,25 @@ static bool is_truly(PyObject *tensor, const char *attribute)
 
 /* A tensor on the meta device has no data, and the dispatcher knows its way. A nested tensor of the older kind calls
  * itself strided, and says no more than that it has no sizes. */
-int fc_torch_import_failed(const char *name, PyObject *tensor, fc_torch_modes *modes)
+int fc_torch_import_failed(fc_state *state, const char *name, PyObject *tensor, fc_torch_modes *modes)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    bool is_meta = is_truly(tensor, "is_meta"), is_nested = is_truly(tensor, "is_nested");
-    if (!is_meta && !is_nested) {
+    int error = 0;
+    if (is_truly(tensor, "is_meta")) {
+        modes->dispatch = true;
+    } else if (is_truly(tensor, "is_nested")) {
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s is a nested tensor; pad it, with nested.to_padded_tensor(0.0), and mask the rest", name);
+        error = -1;
+    } else if ((error = check_layout(state, name, tensor)) == 0) {
         PyErr_Restore(type, value, traceback);
         return -1;
     }
     Py_XDECREF(type);
     Py_XDECREF(value);
     Py_XDECREF(traceback);
-    if (is_meta) {
-        modes->dispatch = true;
-        return 0;
-    }
-    PyErr_Format(PyExc_NotImplementedError,
-                 "%s is a nested tensor; pad it, with nested.to_padded_tensor(0.0), and mask the rest", name);
-    return -1;
+    return error;
 }
 
 int fc_torch_num_threads(fc_state *state, int32_t *num_threads)
