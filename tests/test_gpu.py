@@ -273,15 +273,17 @@ def test_memory_is_linear_in_the_sequence() -> None:
 
 
 def test_memory_does_not_grow() -> None:
+    """The whole device's memory, in which other processes that test at the same time would be seen: then torch's."""
     q, k, v = qkv(1, 2, 64, 64)
+    free = (lambda: 0) if "PYTEST_XDIST_WORKER" in os.environ else (lambda: torch.cuda.mem_get_info()[0])
     for _ in range(100):
         flashcore.attention(q, k, v, return_lse=True)
     torch.cuda.synchronize()
-    before = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+    before = free(), torch.cuda.memory_allocated()
     for _ in range(5000):
         flashcore.attention(q, k, v, return_lse=True)
     torch.cuda.synchronize()
-    assert (torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()) == before
+    assert (free(), torch.cuda.memory_allocated()) == before
 
 
 # Devices
