@@ -5,9 +5,9 @@
  * A mask of the query's dtype is kept as it is, in pairs; a bool mask as a bit for each number, and so is what a float
  * mask hides with -inf. Float32 masks are read where they are added.
  *
- * The trick is to load a tile while the one before it is in the softmax: the loads are 16 bytes wide, of which the four
- * lanes of a quad trade parts, and a warpgroup whose rows see nothing of a tile does not multiply it. Where strides
- * or the tile's end forbid wide loads, numbers are read one by one.
+ * The trick is to load a tile while the one before it is multiplied or in the softmax: the loads are 16 bytes wide, of
+ * which the four lanes of a quad trade parts, and a warpgroup whose rows see nothing of a tile does not multiply it.
+ * Where strides or the tile's end forbid wide loads, numbers are read one by one.
  */
 #ifndef FC_HOPPER_ATTN_MASK_CUH
 #define FC_HOPPER_ATTN_MASK_CUH
@@ -48,8 +48,9 @@ __device__ __forceinline__ uint32_t own_columns(uint32_t columns, int t)
     return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xff;
 }
 
-/* What a thread's two rows of a tile of the output see of the mask, one tile of keys after another. */
-template <class T> struct attn_mask_tile {
+/* What a thread's two rows of a tile of the output see of the mask, one tile of keys after another. With KEEPS_TWO the
+ * next tile may be fetched once this one is resolved, else once it was added. */
+template <class T, bool KEEPS_TWO> struct attn_mask_tile {
     uint32_t visible[2];        /* a bit for each of a row's BLOCK_N / 4 numbers */
     uint32_t bias[BLOCK_N / 4]; /* pairs, in the layout of s; of a mask of dtype T only */
 
@@ -84,7 +85,7 @@ template <class T> struct attn_mask_tile {
             for (int i = 0; i < BLOCK_N / 32; i++) {
                 if (mask.dtype == FC_BOOL && i >= BLOCK_N / 64) break;
                 const uint4 sixteen = *(const uint4 *)(at + 64 * i);
-                uint32_t *into = &bias[4 * (2 * i + r)];
+                uint32_t *into = &fetched()[4 * (2 * i + r)];
                 into[0] = sixteen.x, into[1] = sixteen.y, into[2] = sixteen.z, into[3] = sixteen.w;
             }
         }
@@ -137,10 +138,13 @@ template <class T> struct attn_mask_tile {
     }
 
   private:
+    uint32_t next[KEEPS_TWO ? BLOCK_N / 4 : 1]; /* as it was loaded */
     const fc_tensor &mask;
     const int seqlen_k;
     const uint8_t *rows[2]; /* element 0 */
     bool rows_are_wide;
+
+    __device__ __forceinline__ uint32_t *fetched() { return KEEPS_TWO ? next : bias; }
 
     /* Can this tile's part of the rows be read in pieces? */
     __device__ __forceinline__ bool is_wide(int key) const { return rows_are_wide && key + BLOCK_N <= seqlen_k; }
@@ -183,7 +187,7 @@ template <class T> struct attn_mask_tile {
         for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 64; i++) {
-                const uint32_t *bytes = &bias[4 * (2 * i + r)];
+                const uint32_t *bytes = &fetched()[4 * (2 * i + r)];
                 const uint32_t sixteen = bits_of_bytes(bytes[0]) | bits_of_bytes(bytes[1]) << 4 |
                                          bits_of_bytes(bytes[2]) << 8 | bits_of_bytes(bytes[3]) << 12;
                 const uint32_t own = sixteen << 16 * (t % 2);
@@ -203,7 +207,7 @@ template <class T> struct attn_mask_tile {
             uint4 own[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const uint32_t *eight = &bias[4 * (2 * i + r)];
+                const uint32_t *eight = &fetched()[4 * (2 * i + r)];
                 own[r] = quad_transpose(eight[0], eight[1], eight[2], eight[3]);
             }
 #pragma unroll

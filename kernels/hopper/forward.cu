@@ -91,6 +91,10 @@ struct forward_params {
 constexpr int TURN = 1, VOTE = TURN + WARPGROUPS;
 constexpr bool TAKES_TURNS = WARPGROUPS > 2;
 
+/* A mask's next tile is asked for while this one is multiplied, where the registers hold both: at D64, whose tiles have
+ * twice the keys, they do not. Gains 10% with a bias for each score. */
+constexpr bool FETCHES_AHEAD = HEAD_DIM > 64;
+
 /* Where a role stands in a ring of stages. */
 template <int COUNT> struct ring {
     int stage = 0;
@@ -183,7 +187,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::multiply_q_k(s, fc::advance(query, queries.stage * QUERY_BYTES), fc::advance(key, keys.stage * KEY_BYTES));
     };
     const auto start_p_v = [&] { fc::multiply_p_v(out, p, fc::advance(value, values.stage * KEY_BYTES)); };
-    const auto multiply_both = [&] {
+    const auto multiply_both = [&](auto meanwhile) {
         wait_for(smem.key_full, keys);
         wait_for(smem.value_full, values);
         wait_turn();
@@ -192,13 +196,14 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         start_q_k();
         start_p_v();
         end_turn();
+        meanwhile();
         fc::wgmma_wait<0>();
         fc::hold(s);
         fc::hold(out);
         let_go(smem.key_empty, keys);
         let_go(smem.value_empty, values);
     };
-    const auto multiply_first = [&] {
+    const auto multiply_first = [&](auto meanwhile) {
         wait_for(smem.key_full, keys);
         wait_turn();
         fc::wgmma_fence();
@@ -208,6 +213,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
         }
+        meanwhile();
         fc::hold(out);
         fc::wgmma_wait<0>();
         fc::hold(s);
@@ -257,15 +263,19 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
         if constexpr (MASK == mask_class::general) {
             /* Scores as options make them; a tile that the mask hides from all 64 rows is let go unread, too. */
-            fc::score_options<T> options(args, params.options, params.schedule, work, row);
+            fc::score_options<T, FETCHES_AHEAD> options(args, params.options, params.schedule, work, row);
             const auto sees = [&] {
                 const bool any = options.resolve(j);
                 if (args.attn_mask.dtype == FC_NONE) return true;
                 return __any_sync(0xffffffffu, bar_red_or(VOTE + warpgroup, 128, any)) != 0;
             };
+            const auto fetch_next = [&](bool ahead) {
+                if (ahead == FETCHES_AHEAD && j > view.first) options.fetch(j - 1);
+            };
+            const auto fetch_ahead = [&] { fetch_next(true); };
             const auto weigh = [&] {
                 options.apply(s, j, j >= view.end_whole || j < view.first_whole);
-                if (j > view.first) options.fetch(j - 1);
+                fetch_next(false);
                 softmax.step<T>(s, p, out, unit_log2);
             };
 #pragma unroll
@@ -278,9 +288,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             for (; j >= view.first; j--) {
                 if (sees()) {
                     if (pending) {
-                        multiply_both();
+                        multiply_both(fetch_ahead);
                     } else {
-                        multiply_first();
+                        multiply_first(fetch_ahead);
                     }
                     pending = true;
                     weigh();
@@ -313,12 +323,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 softmax.step<T>(s, p, out, unit_log2);
             };
             const auto step = [&](auto masked) {
-                multiply_both();
+                multiply_both([] {});
                 weigh(masked, no);
             };
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
-            multiply_first();
+            multiply_first([] {});
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
             weigh(yes, yes);

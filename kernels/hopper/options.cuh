@@ -42,7 +42,7 @@ __device__ __forceinline__ float unit_of_scores(const fc_forward_args &args, con
 }
 
 /* Of a thread's two rows in one tile of the output. */
-template <class T> struct score_options {
+template <class T, bool KEEPS_TWO> struct score_options {
     __device__ __forceinline__ score_options(const fc_forward_args &args, const option_params &options,
                                              const schedule &all, const tile_work &work, int row)
         : args(args), options(options), all(all), row(row), mask(args.attn_mask, all, work, row), slope(0)
@@ -82,7 +82,7 @@ template <class T> struct score_options {
     const option_params &options;
     const schedule &all;
     const int row; /* this thread's first */
-    attn_mask_tile<T> mask;
+    attn_mask_tile<T, KEEPS_TWO> mask;
     float slope;
 };
 

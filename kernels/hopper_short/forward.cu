@@ -142,7 +142,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         fc::multiply_p_v(out, p, fc::advance(value, (tile - work.first) * 2 * KEY_BYTES));
     };
     /* q.k of tile j in s -> weights in p. */
-    fc::score_options<T> options(args, params.options, params.schedule, work, row);
+    fc::score_options<T, false> options(args, params.options, params.schedule, work, row);
     const auto weigh = [&](auto is_first) {
         const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
         if constexpr (MASK == mask_class::general) {
