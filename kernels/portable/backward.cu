@@ -70,8 +70,14 @@ struct shared_memory {
 };
 static_assert(sizeof(shared_memory) <= 64 * 1024, "sm_75 has 64 KiB of shared memory");
 
-/* Beside a gradient of 256 columns, loads that are converted leave registers for four at a time; measured by ptxas. */
-constexpr int LOADS_IN_FLIGHT = HEAD_DIM > 128 && sizeof(T::element) == 2 ? 4 : 8;
+/* Beside a gradient of 256 columns, loads that are converted leave registers for four at a time; before Hopper so do
+ * float32's beside 128. Measured by ptxas. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool FOUR_OF_FLOAT32 = HEAD_DIM == 128;
+#else
+constexpr bool FOUR_OF_FLOAT32 = false;
+#endif
+constexpr int LOADS_IN_FLIGHT = (sizeof(T::element) == 2 ? HEAD_DIM > 128 : FOUR_OF_FLOAT32) ? 4 : 8;
 
 /* Of a row: p = exp(score - base) * inverse. base is +inf for a row that sees no key, and is NaN where lse is none. */
 struct alignas(16) row_facts {
