@@ -209,13 +209,13 @@ fc_status fc_attention_run(const fc_attention_problem *given, const fc_plan *giv
     if (status == FC_OK) status = find_device(&problem, NULL, &device);
     if (status != FC_OK) return status;
     const char *name = fc_kernel_name(given_plan->kernel);
-    if (name == NULL || !fc_kernel_is_usable(given_plan->kernel, &problem, &args, &device))
+    if (name != NULL) status = fc_plan_forward(&problem, &args, &device, given_plan->kernel, &plan);
+    if (name == NULL || status != FC_OK || plan.kernel != given_plan->kernel)
         return fc_fail(FC_INVALID,
                        "fc_plan.kernel is %" PRId32 " (%s), which does not serve this problem; ask "
                        "fc_attention_plan for a plan of it",
                        given_plan->kernel, name == NULL ? "none" : name);
-    status = fc_plan_forward(&problem, &args, &device, given_plan->kernel, &plan);
-    return status == FC_OK ? run(&problem, &args, &plan, workspace, workspace_bytes, stream) : status;
+    return run(&problem, &args, &plan, workspace, workspace_bytes, stream);
 }
 
 static fc_status check_and_plan_backward(const fc_backward_problem *given, bool need_data,

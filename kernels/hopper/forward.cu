@@ -269,13 +269,15 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 if (args.attn_mask.dtype == FC_NONE) return true;
                 return __any_sync(0xffffffffu, bar_red_or(VOTE + warpgroup, 128, any)) != 0;
             };
-            const auto fetch_next = [&](bool ahead) {
-                if (ahead == FETCHES_AHEAD && j > view.first) options.fetch(j - 1);
+            const auto fetch_next = [&] {
+                if (j > view.first) options.fetch(j - 1);
             };
-            const auto fetch_ahead = [&] { fetch_next(true); };
+            const auto fetch_ahead = [&] {
+                if (FETCHES_AHEAD) fetch_next();
+            };
             const auto weigh = [&] {
                 options.apply(s, j, j >= view.end_whole || j < view.first_whole);
-                fetch_next(false);
+                if (!FETCHES_AHEAD) fetch_next();
                 softmax.step<T>(s, p, out, unit_log2);
             };
 #pragma unroll
@@ -298,7 +300,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     if (pending) multiply_last([] {});
                     pending = false;
                     pass_key(), pass_value();
-                    if (j > view.first) options.fetch(j - 1);
+                    fetch_next();
                 }
             }
             if (pending) {

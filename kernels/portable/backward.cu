@@ -2,8 +2,9 @@
  * backward.cu - the gradients of attention on any GPU from sm_75: any dtype, any head_dim to 256, every option.
  *
  *     prepare    delta = dout . out - dlse, and what turns a row's scores into probabilities: row_facts, in workspace
- *     gradients  dq, dk and dv [BLOCK_M, head_dim]: a block owns these rows, or keys, of one, and walks all that meet
- * them dbias      a block owns a tile of dbias and walks all that it sums dsinks     a block owns an element
+ *     gradients  dq, dk and dv [BLOCK_M, head_dim]: a block owns rows, or keys, of one and walks all that meet them
+ *     dbias      a block owns a tile of dbias and walks all that it sums
+ *     dsinks     a block owns an element
  *
  * Nobody adds to what another block owns, and every sum has one order: the bits are the same in each run, and do not
  * depend on which gradients are wanted. All arithmetic is float32 multiply-add on the ordinary cores.
@@ -267,6 +268,7 @@ constexpr int blocks_per_sm(int sums)
     return by_registers < by_memory ? by_registers : by_memory;
 }
 constexpr int SCORES = ROWS * KEYS;
+
 /* The gradient of what tile `tile` of TARGET's owns. */
 template <target TARGET>
 static __device__ __forceinline__ void compute_gradient(const backward_params &params, shared_memory &smem,
