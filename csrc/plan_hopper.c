@@ -181,11 +181,22 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     return 1000 + 0.088 * load * kernel->block_m * lost * fc_hopper_weight(kernel);
 }
 
+/* Room for a copy of attn_mask with aligned rows (kernels/hopper/align_mask.cuh), where rows differ and are not. */
+static uint64_t mask_copy_bytes(const fc_forward_args *args)
+{
+    const fc_tensor *mask = &args->attn_mask;
+    if (mask->dtype == FC_NONE || mask->strides[2] == 0 || args->seqlen_q == 1 || fc_hopper_maps_mask(mask)) return 0;
+    int64_t heads = mask->strides[1] == 0 ? 1 : args->num_heads_q, batch = mask->strides[0] == 0 ? 1 : args->batch;
+    int64_t row_bytes = fc_divide_up(args->seqlen_k * fc_mask_number_bytes(mask->dtype), 16) * 16;
+    return (uint64_t)(batch * heads * args->seqlen_q * row_bytes);
+}
+
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                              fc_plan *plan)
 {
     if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
-    if (kernel->mask == fc_mask_full) {
+    plan->workspace_bytes = mask_copy_bytes(args);
+    if (visible_keys(args, 0, 1) == args->seqlen_k && visible_keys(args, args->seqlen_q - 1, 1) == args->seqlen_k) {
         fc_hopper_group_by_keys(args, plan);
     } else {
         choose_groups(args, device, kernel->block_m, plan);

@@ -17,8 +17,10 @@ static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, 
     int64_t row_bytes = kernel->head_dim * 2,
             tiles = fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
     int64_t part_bytes = (kernel->head_dim / 2 + 4) * (int64_t)sizeof(float) * kernel->threads;
+    int64_t mask_bytes =
+        kernel->mask == fc_mask_general ? kernel->threads / 32 * FC_HOPPER_SHORT_MASK_BYTES(kernel->block_n) : 0;
     return BARRIER_BYTES + kernel->block_m * row_bytes + 2 * tiles * kernel->block_n * row_bytes +
-           (splits - 1) * part_bytes;
+           (splits - 1) * part_bytes + mask_bytes;
 }
 
 /* The fewest splits with which it fits; 0: none. */

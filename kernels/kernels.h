@@ -8,6 +8,8 @@
 #ifndef FC_KERNELS_H
 #define FC_KERNELS_H
 
+#include <stdbool.h>
+
 #include "flashcore.h"
 
 #ifdef __cplusplus
@@ -40,6 +42,24 @@ typedef struct fc_forward_args {
     uint32_t keep_below;          /* a weight is kept where its random number is less */
 } fc_forward_args;
 
+/* Of a number of attn_mask. */
+static inline int64_t fc_mask_number_bytes(int32_t dtype)
+{
+    return dtype == FC_BOOL ? 1 : dtype == FC_FLOAT32 ? 4 : 2;
+}
+
+/* Whether Hopper's copy engine reads attn_mask where it lies: rows of neighbours, that begin at whole 16 bytes. */
+static inline bool fc_hopper_maps_mask(const fc_tensor *mask)
+{
+    if (mask->strides[3] != 1 || (uintptr_t)mask->data % 16 != 0) return false;
+    for (int i = 0; i < 3; i++) {
+        int64_t stride = mask->strides[i];
+        if (stride < 0 || stride >= (int64_t)1 << 37 || stride * fc_mask_number_bytes(mask->dtype) % 16 != 0)
+            return false;
+    }
+    return true;
+}
+
 /* A backward problem, resolved. */
 typedef struct fc_backward_args {
     fc_forward_args forward; /* out and lse are inputs here */
@@ -56,15 +76,18 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 /* The portable backward's workspace, for each row of each query head. */
 #define FC_PORTABLE_BACKWARD_ROW_BYTES 16
 
-/* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out, bias)
- * and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the planner's.
- */
+/* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out; some 16
+ * for options) and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the
+ * planner's. */
 #define FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general)                                                         \
-    ((block_n) / 2 + (block_n) / 4 + (head_dim) / 2 + ((is_general) ? (block_n) / 4 : 0))
+    ((block_n) / 2 + (block_n) / 4 + (head_dim) / 2 + ((is_general) ? 16 : 0))
 #define FC_HOPPER_SHORT_WARPGROUPS(block_n, head_dim, is_general)                                                      \
     (FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 88    ? 4                                               \
      : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 128 ? 3                                               \
                                                                      : 2)
+
+/* Shared memory for a mask of each warp of kernels/hopper_short: sixteen rows of a tile, of float32. */
+#define FC_HOPPER_SHORT_MASK_BYTES(block_n) (16 * (block_n) * 4)
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of
  * variants.def, or _backward_. */

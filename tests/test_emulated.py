@@ -144,16 +144,38 @@ def test_masks(hopper: Any, name: str, dim: int, keys: int, options: dict[str, A
     _check(hopper, *_qkv(rows, keys, dim), attn_mask=mask, **options)
 
 
+@pytest.mark.parametrize("strides", ["unaligned", "transposed", "backwards", "every_second", "one_key_for_all"])
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 150])  # alike, and not
+def test_masks_anywhere_in_memory(hopper: Any, rows: int, dtype: str, strides: str) -> None:
+    keys = 259
+    numbers = np.random.default_rng(6).standard_normal((2, 2, 2 * keys, 2 * keys))
+    mask = (numbers > 0) if dtype == "bool" else numbers.astype(dtype)
+    views = {
+        "unaligned": mask[..., 3 : 3 + rows, 5 : 5 + keys],
+        "transposed": mask.swapaxes(2, 3)[..., :rows, :keys],
+        "backwards": mask[..., :rows, keys:0:-1],
+        "every_second": mask[..., : 2 * rows : 2, ::2],
+        "one_key_for_all": np.broadcast_to(mask[..., :rows, :1], (2, 2, rows, keys)),
+    }
+    q, k, v = (_normal(2, 2, n, 64, seed=seed) for seed, n in enumerate((150, keys, keys)))
+    _check(hopper, q, k, v, attn_mask=views[strides])
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("mask", [None, _padding(300)], ids=["band", "general"])
-def test_keys_that_a_mask_hides_are_not_read(hopper: Any, mask: Array | None, dim: int) -> None:
+@pytest.mark.parametrize("mask", ["band", "bool", "float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 100])  # alike, and not
+def test_keys_that_a_mask_hides_are_not_read(hopper: Any, mask: str, rows: int, dim: int) -> None:
     """Beyond the tiles that hold visible keys, that is: within one, 0 * NaN is NaN."""
     q, k, v = _qkv(100, 300, dim)
-    options: dict[str, Any] = {"is_causal": True} if mask is None else {"attn_mask": cases.place(mask)}
+    options: dict[str, Any] = {"is_causal": True}
+    if mask != "band":
+        shown = np.repeat(_padding(300), rows, axis=2)
+        options = {"attn_mask": cases.place(shown if mask == "bool" else np.where(shown, 0, -np.inf).astype(mask))}
     right = reference.expect(q, k, v, **options)
     k[:, :, 128:], v[:, :, 128:] = np.nan, np.inf
     result = hopper(q, k, v, **options)
-    if hopper.keywords["kernel"] == b"hopper_short" and (result is None or mask is not None):
+    if hopper.keywords["kernel"] == b"hopper_short" and (result is None or mask != "band"):
         pytest.skip("hopper_short does not hold so wide keys, and reads all that the band leaves")
     right.check(*result)
 

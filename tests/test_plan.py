@@ -11,7 +11,7 @@ from typing import Any
 
 import capi
 import pytest
-from capi import BFLOAT16, CAUSAL, CPU, FLOAT16, FLOAT32, FLOAT64, INVALID, OK, UNSUPPORTED, Plan, Problem
+from capi import BFLOAT16, BOOL, CAUSAL, CPU, FLOAT16, FLOAT32, FLOAT64, INVALID, OK, UNSUPPORTED, Plan, Problem
 
 import flashcore
 
@@ -606,6 +606,26 @@ def test_without_a_mask_the_heads_that_share_keys_follow_each_other(
     assert status == OK
     assert row_of(plan).endswith("full")
     assert (plan.heads_at_once, plan.num_groups) == (heads, groups)
+
+
+@needs_hopper_build
+@pytest.mark.parametrize(
+    "dtype,strides,copied",
+    [
+        (FLOAT16, (0, 1000 * 1000, 1000, 1), 0),
+        (FLOAT16, (0, 0, 1001, 1), 1000 * 2000),
+        (FLOAT16, (0, 0, 1, 1000), 1000 * 2000),
+        (FLOAT32, (0, 1000 * 1001, 1001, 1), 8 * 1000 * 4000),
+        (BOOL, (1000 * 1000, 0, 1000, 1), 2 * 1000 * 1008),
+        (BOOL, (1000, 0, 0, 1), 0),
+    ],
+    ids=["aligned", "odd", "transposed", "by_head", "bools_by_batch", "padding"],
+)
+def test_a_mask_that_hopper_cannot_read_is_copied_once(dtype: int, strides: tuple[int, ...], copied: int) -> None:
+    mask = capi.Tensor(None, (ctypes.c_int64 * 4)(*strides), dtype, 0)
+    problem = capi.shapes_only(seqlen_q=1000, seqlen_k=1000, attn_mask=mask, kernel=b"hopper")
+    status, plan = capi.plan(problem, HOPPER)
+    assert (status, plan.workspace_bytes) == (OK, copied)
 
 
 def _loads(plan: capi.Plan, heads: int, row_tiles: int, causal_keys: int) -> list[int]:

@@ -38,6 +38,16 @@ static __device__ __forceinline__ uint32_t cvt_rn_bf16x2(float high, float low)
     return d;
 }
 
+/* Four matrices of 8 x 8 16-bit numbers: lane 8 m + i gives the address of row i of matrix m, and gets of each matrix
+ * the pair in row lane / 4, columns 2 (lane % 4) and the next. */
+static __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 /*
  * ---- sm_90: barriers in shared memory, the copy engine (TMA), register shares ----
  *
@@ -89,6 +99,21 @@ static __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t 
                  "}" ::"r"(barrier),
                  "r"(parity)
                  : "memory");
+}
+
+/* Whether it has, now. */
+static __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
 }
 
 /* Copies the box at (column, row, head, batch) of a tensor to shared memory; reports its bytes to the barrier. */
@@ -181,22 +206,6 @@ static __device__ __forceinline__ void bar_sync(int barrier, int threads)
 static __device__ __forceinline__ void bar_arrive(int barrier, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-/* Waits for `threads` threads; whether any of them says so. */
-static __device__ __forceinline__ bool bar_red_or(int barrier, int threads, bool mine)
-{
-    uint32_t any;
-    asm volatile("{\n"
-                 ".reg .pred mine, any;\n"
-                 "setp.ne.u32 mine, %3, 0;\n"
-                 "barrier.cta.red.or.pred any, %1, %2, mine;\n"
-                 "selp.u32 %0, 1, 0, any;\n"
-                 "}"
-                 : "=r"(any)
-                 : "r"(barrier), "r"(threads), "r"((uint32_t)mine)
-                 : "memory");
-    return any != 0;
 }
 
 #endif /* FC_COMMON_PTX_CUH */

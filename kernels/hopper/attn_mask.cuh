@@ -1,44 +1,47 @@
 /*
- * attn_mask.cuh - one tile of attn_mask in the registers of the threads that hold its scores.
+ * attn_mask.cuh - one tile of attn_mask in shared memory: how it comes there, and to the threads that hold its scores.
  *
- * A thread's numbers of a tile are of two rows, g and g + 8, and of the key pairs 8 i + 2 t, 8 i + 2 t + 1 (wgmma.cuh).
- * A mask of the query's dtype is kept as it is, in pairs; a bool mask as a bit for each number, and so is what a float
- * mask hides with -inf. Float32 masks are read where they are added.
+ *     slabs [ROWS, 128 bytes], as the copy engine's swizzle leaves them: a row's 16-byte piece c in place c ^ row % 8
+ *     of a bool mask, whose slab may be 64 bytes wide, also bits [ROWS, BLOCK_N / 32 words], behind its bytes
  *
- * The trick is to load a tile while the one before it is multiplied or in the softmax: the loads are 16 bytes wide, of
- * which the four lanes of a quad trade parts, and a warpgroup whose rows see nothing of a tile does not multiply it.
- * Where strides or the tile's end forbid wide loads, numbers are read one by one.
+ * Where all rows are the same, as in a padding mask, there is one. A warp brings a tile, some time ahead of its use,
+ * and then looks through it for keys that it shows: a tile without any is not multiplied.
+ *
+ * The trick is the swizzle: ldmatrix finds the pieces of eight rows in all 32 banks, and gives a thread the
+ * numbers of its own scores, two rows g and g + 8 and the key pairs 8 i + 2 t, 8 i + 2 t + 1 (wgmma.cuh). Nothing is
+ * held in registers meanwhile. Where strides forbid the copy engine, numbers are copied one by one; rows that differ
+ * are 64 a tile only once they are aligned (align_mask.cuh).
  */
 #ifndef FC_HOPPER_ATTN_MASK_CUH
 #define FC_HOPPER_ATTN_MASK_CUH
 
-#include <math.h>
+#include <string.h>
 
 #include "common/offsets.cuh"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
-#include "hopper/quad.cuh"
 #include "hopper/schedule.cuh"
+#include "hopper/tiles.cuh"
 
 namespace fc {
 
-/* Does this number of a mask leave its key visible? */
-template <class M> __device__ __forceinline__ bool shows(float x)
+/* Does any of the numbers in these 32 bits? */
+template <class M> __device__ __forceinline__ bool shows_any(uint32_t word)
 {
-    return M::dtype == FC_BOOL ? x != 0 : x != -INFINITY;
+    return word != (M::dtype == FC_FLOAT32 ? 0xff800000u : M::dtype == FC_FLOAT16 ? 0xfc00fc00u : 0xff80ff80u);
 }
 
-/* Is a pair of 16-bit floats -inf twice? */
-template <class T> __device__ __forceinline__ bool is_hidden_pair(uint32_t pair)
+/* Which bytes are not zero, as bits. */
+__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x)
 {
-    return pair == (T::dtype == FC_FLOAT16 ? 0xfc00fc00u : 0xff80ff80u);
+    /* First as the upper bit of each byte. The product has byte k's at 28 + k, and no two others in one place. */
+    const uint32_t set = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u;
+    return set * 0x00204081u >> 28;
 }
-
-/* The lowest bit of each byte that is not zero, as four bits. */
-__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t bytes)
+__device__ __forceinline__ uint32_t bits_of_bytes(const uint4 &x)
 {
-    /* The product has byte k's bit at 24 + k, and no two others in one place. */
-    return (__vminu4(bytes, 0x01010101u) * 0x01020408u >> 24) & 0xf;
+    return bits_of_bytes(x.x) | bits_of_bytes(x.y) << 4 | bits_of_bytes(x.z) << 8 | bits_of_bytes(x.w) << 12;
 }
 
 /* Of 32 columns' bits those of lane t of the quad, columns 8 i + 2 t and 8 i + 2 t + 1, side by side. */
@@ -48,240 +51,208 @@ __device__ __forceinline__ uint32_t own_columns(uint32_t columns, int t)
     return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xff;
 }
 
-/* What a thread's two rows of a tile of the output see of the mask, one tile of keys after another. With KEEPS_TWO the
- * next tile may be fetched once this one is resolved, else once it was added. */
-template <class T, bool KEEPS_TWO> struct attn_mask_tile {
-    uint32_t visible[2];        /* a bit for each of a row's BLOCK_N / 4 numbers */
-    uint32_t bias[BLOCK_N / 4]; /* pairs, in the layout of s; of a mask of dtype T only */
+/* Bytes of a tile; one of float32 takes twice as many. */
+template <int ROWS> constexpr int MASK_TILE_BYTES = ROWS * BLOCK_N * 2;
 
-    /* row: this thread's first. A row beyond the last is read as the last: what it gives is of no use to anybody. */
-    __device__ __forceinline__ attn_mask_tile(const fc_tensor &mask, const schedule &all, const tile_work &work,
-                                              int row)
-        : mask(mask), seqlen_k(all.seqlen_k)
-    {
-        visible[0] = visible[1] = 0xffffffffu;
-        if (mask.dtype == FC_NONE) return;
-        const int bytes = mask.dtype == FC_BOOL ? 1 : mask.dtype == FC_FLOAT32 ? 4 : 2;
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            rows[r] = (const uint8_t *)mask.data +
-                      row_offset(mask, work.batch, work.head, min(row + 8 * r, all.seqlen_q - 1)) * bytes;
-        /* Pieces of 16 bytes of a row; of float32, pairs. */
-        const int piece = mask.dtype == FC_FLOAT32 ? 8 : 16;
-        const int64_t offsets = (mask.strides[0] | mask.strides[1] | mask.strides[2]) * bytes | (intptr_t)mask.data;
-        rows_are_wide =
-            mask.strides[3] == 1 && (offsets & (piece - 1)) == 0 && (mask.dtype != FC_BOOL || BLOCK_N >= 64);
-    }
-
-    /* Begins to load a tile, whose first key is `key`; resolve() ends it. */
-    __device__ __forceinline__ void fetch(int key)
-    {
-        if (mask.dtype == FC_NONE || mask.dtype == FC_FLOAT32 || !is_wide(key)) return;
-        const int bytes = mask.dtype == FC_BOOL ? 1 : 2;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const uint8_t *at = rows[r] + key * bytes + threadIdx.x % 4 * 16;
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 32; i++) {
-                if (mask.dtype == FC_BOOL && i >= BLOCK_N / 64) break;
-                const uint4 sixteen = *(const uint4 *)(at + 64 * i);
-                uint32_t *into = &fetched()[4 * (2 * i + r)];
-                into[0] = sixteen.x, into[1] = sixteen.y, into[2] = sixteen.z, into[3] = sixteen.w;
-            }
-        }
-    }
-
-    /* Returns whether this thread sees any of the tile. */
-    __device__ __forceinline__ bool resolve(int key)
-    {
-        if (mask.dtype == FC_NONE) return true;
-        const bool wide = is_wide(key);
-        if (mask.dtype == FC_FLOAT32) {
-            visible[0] = visible[1] = 0;
-            each_float<4>(key, [&](int r, int c, float x) { visible[r] |= (uint32_t)shows<float32>(x) << c; });
-        } else if (mask.dtype == FC_BOOL && wide) {
-            resolve_bool();
-        } else if (mask.dtype == FC_BOOL) {
-            visible[0] = visible[1] = 0;
-            each<boolean, 4>(key, [&](int r, int c, float x) { visible[r] |= (uint32_t)shows<boolean>(x) << c; });
-        } else {
-            if (wide) {
-                trade_pairs();
-            } else {
-#pragma unroll
-                for (int i = 0; i < BLOCK_N / 4; i++) bias[i] = 0;
-                each<raw>(key, [&](int r, int c, uint16_t x) { bias[2 * (c / 2) + r] |= (uint32_t)x << 16 * (c % 2); });
-            }
-            bool sees_any = false; /* where it sees some, the sums are -inf where they should */
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 4; i++) sees_any |= !is_hidden_pair<T>(bias[i]);
-            visible[0] = visible[1] = sees_any ? 0xffffffffu : 0;
-        }
-        return (visible[0] | visible[1]) != 0;
-    }
-
-    /* s in natural units = unit * s + the mask, where it is of floats; visible tells the rest. */
-    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, int key) const
-    {
-        if (mask.dtype == T::dtype) {
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 4; i++) {
-                s[2 * i] = fmaf(s[2 * i], unit, T::to_float((uint16_t)bias[i]));
-                s[2 * i + 1] = fmaf(s[2 * i + 1], unit, T::to_float((uint16_t)(bias[i] >> 16)));
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= unit;
-            if (mask.dtype == FC_FLOAT32)
-                each_float<BLOCK_N / 4>(key, [&](int r, int c, float x) { s[4 * (c / 2) + 2 * r + c % 2] += x; });
-        }
-    }
-
-  private:
-    uint32_t next[KEEPS_TWO ? BLOCK_N / 4 : 1]; /* as it was loaded */
-    const fc_tensor &mask;
-    const int seqlen_k;
-    const uint8_t *rows[2]; /* element 0 */
-    bool rows_are_wide;
-
-    __device__ __forceinline__ uint32_t *fetched() { return KEEPS_TWO ? next : bias; }
-
-    /* Can this tile's part of the rows be read in pieces? */
-    __device__ __forceinline__ bool is_wide(int key) const { return rows_are_wide && key + BLOCK_N <= seqlen_k; }
-
-    /* Calls use(r, c, number) for each of this thread's numbers that lies before the end of the keys. */
-    template <class M, int UNROLL = BLOCK_N / 4, class Use> __device__ __forceinline__ void each(int key, Use use) const
-    {
-        const int first = key + threadIdx.x % 4 * 2, keys = seqlen_k - first;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const auto *at = (const typename M::element *)rows[r] + first * mask.strides[3];
-#pragma unroll UNROLL
-            for (int c = 0; c < BLOCK_N / 4; c++) {
-                const int column = 8 * (c / 2) + c % 2;
-                if (column < keys) use(r, c, M::to_float(at[column * mask.strides[3]]));
-            }
-        }
-    }
-    template <int UNROLL, class Use> __device__ __forceinline__ void each_float(int key, Use use) const
-    {
-        if (!is_wide(key)) return each<float32, UNROLL>(key, use);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const auto *at = (const float2 *)rows[r] + key / 2 + threadIdx.x % 4;
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 8; i++) {
-                const float2 pair = at[4 * i];
-                use(r, 2 * i, pair.x);
-                use(r, 2 * i + 1, pair.y);
-            }
-        }
-    }
-
-    /* From the 16 bytes of each lane to the bits of its columns: lane t holds bytes 64 i + 16 t of a row. */
-    __device__ __forceinline__ void resolve_bool()
-    {
-        const int t = threadIdx.x % 4;
-        visible[0] = visible[1] = 0;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 64; i++) {
-                const uint32_t *bytes = &fetched()[4 * (2 * i + r)];
-                const uint32_t sixteen = bits_of_bytes(bytes[0]) | bits_of_bytes(bytes[1]) << 4 |
-                                         bits_of_bytes(bytes[2]) << 8 | bits_of_bytes(bytes[3]) << 12;
-                const uint32_t own = sixteen << 16 * (t % 2);
-                const uint32_t half = own | __shfl_xor_sync(0xffffffffu, own, 1);
-                const uint32_t other = __shfl_xor_sync(0xffffffffu, half, 2);
-                const uint32_t low = t < 2 ? half : other, high = t < 2 ? other : half;
-                visible[r] |= (own_columns(low, t) | own_columns(high, t) << 8) << 16 * i;
-            }
-        }
-    }
-
-    /* From columns 32 i + 8 t .. + 7 in lane t to the pairs of its columns. */
-    __device__ __forceinline__ void trade_pairs()
-    {
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 32; i++) {
-            uint4 own[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const uint32_t *eight = &fetched()[4 * (2 * i + r)];
-                own[r] = quad_transpose(eight[0], eight[1], eight[2], eight[3]);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                bias[8 * i + r] = own[r].x, bias[8 * i + 2 + r] = own[r].y;
-                bias[8 * i + 4 + r] = own[r].z, bias[8 * i + 6 + r] = own[r].w;
-            }
-        }
-    }
-
-    struct raw {
-        using element = uint16_t;
-        static __device__ __forceinline__ uint16_t to_float(element x) { return x; }
-    };
+/* A call's mask, made on the host. */
+struct mask_params {
+    CUtensorMap map;       /* boxes of a slab, or of the one row of it */
+    bool is_mapped;        /* the copy engine reads it */
+    bool by_row;           /* rows differ */
+    int by_batch, by_head; /* what an index counts in the map: 0 where all see the same, or else 1 */
 };
 
-/*
- * Where all rows see the same of the mask, as under a padding mask: the tiles of keys work.first .. work.end - 1, less
- * those before the first and after the last key that it shows. By one warp. What was found is kept for the next tile of
- * the same row of the mask.
- */
-template <class T> struct shown_keys {
-    const void *row = nullptr; /* of which the following is known */
-    int first = 0, end = 0;    /* keys */
+/* Of a row of a slab. */
+static constexpr int mask_slab_bytes(int dtype)
+{
+    return dtype == FC_BOOL && BLOCK_N < 128 ? BLOCK_N : 128;
+}
+static cudaError_t make_mask_params(mask_params *params, const fc_forward_args &args, int rows)
+{
+    const fc_tensor &mask = args.attn_mask;
+    *params = {{}, false, mask.strides[2] != 0 && args.seqlen_q > 1, mask.strides[0] != 0, mask.strides[1] != 0};
+    if (mask.dtype == FC_NONE || args.seqlen_k == 0 || !fc_hopper_maps_mask(&mask)) return cudaSuccess;
+    params->is_mapped = true;
+    return make_tensor_map(&params->map, mask, args.seqlen_k, params->by_row ? args.seqlen_q : 1,
+                           params->by_head ? args.num_heads_q : 1, params->by_batch ? args.batch : 1,
+                           {mask_slab_bytes(mask.dtype), params->by_row ? rows : 1});
+}
 
-    __device__ __forceinline__ void narrow(tile_work &work, const fc_tensor &mask, const schedule &all)
+/* The tiles of a mask for a query of dtype T, as the warp that brings them and the threads that use them see them. */
+template <class T, int ROWS> struct mask_tiles {
+    __device__ __forceinline__ mask_tiles(const fc_tensor &mask, const mask_params &params, const schedule &all)
+        : mask(mask), params(params), all(all)
     {
-        if (mask.dtype == FC_NONE || (mask.strides[2] != 0 && all.seqlen_q > 1)) return;
-        if (mask.dtype == FC_BOOL) {
-            find<boolean>(work, mask, all);
-        } else if (mask.dtype == FC_FLOAT32) {
-            find<float32>(work, mask, all);
-        } else {
-            find<T>(work, mask, all);
+    }
+
+    /* Calls use(float32()), say, where the mask is of that. */
+    template <class Use> __device__ __forceinline__ auto with_dtype(Use use) const
+    {
+        if (mask.dtype == FC_BOOL) return use(boolean());
+        if (mask.dtype == FC_FLOAT32) return use(float32());
+        return use(T());
+    }
+
+    /* A warp begins to bring the tile of these first row and key, of a mask of M. What lies past the ends is no matter.
+     * come: a barrier of one arrival, which completes when the copy engine is through. */
+    template <class M>
+    __device__ __forceinline__ void start(uint8_t *tile, uint32_t come, const tile_work &work, int row, int key) const
+    {
+        if (!params.is_mapped) {
+            copy_each<M>(tile, work, row, key);
+        } else if (threadIdx.x % 32 == 0) {
+            mbarrier_arrive_expect_tx(come, (params.by_row ? ROWS : 1) * BLOCK_N * (int)sizeof(typename M::element));
+#pragma unroll
+            for (int slab = 0; slab < BLOCK_N / COLUMNS<M>; slab++)
+                cp_async_bulk_tensor(shared_address(tile) + slab * SLAB_BYTES, &params.map, come,
+                                     key + slab * COLUMNS<M>, params.by_row ? row : 0, work.head * params.by_head,
+                                     work.batch * params.by_batch);
         }
-        work.first = max(work.first, first / BLOCK_N);
-        work.end = max(work.first, min(work.end, (end + BLOCK_N - 1) / BLOCK_N));
+    }
+
+    /* The same warp waits for it, and finds whether it shows any key. From then on all its lanes may tell others. */
+    template <class M>
+    __device__ __forceinline__ bool finish(uint8_t *tile, uint32_t come, uint32_t phase, int row, int key) const
+    {
+        if (params.is_mapped) {
+            mbarrier_wait(come, phase);
+        } else {
+            __syncwarp();
+        }
+        constexpr int EACH = 4 / (int)sizeof(typename M::element), PIECES = BLOCK_N / (4 * EACH); /* at most 32 a row */
+        constexpr int AT_ONCE = M::dtype == FC_BOOL ? 4 : 1; /* loads before the first store */
+        const int lane = threadIdx.x % 32, piece = lane % PIECES;
+        const int rows = min(num_rows(), all.seqlen_q - row), keys = all.seqlen_k - key - 4 * EACH * piece;
+        bool any = false;
+#pragma unroll 1
+        for (int i = lane / PIECES; __any_sync(0xffffffffu, i < rows); i += AT_ONCE * 32 / PIECES) {
+            uint4 x[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) x[k] = *(const uint4 *)(tile + place<M>(i + k * 32 / PIECES, piece));
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                const int r = i + k * 32 / PIECES;
+                if (r >= rows) continue;
+                if (M::dtype == FC_BOOL) {
+                    const uint32_t bits = bits_of_bytes(x[k]);
+                    *(uint16_t *)(tile + bits_of_row(r) + 2 * piece) = (uint16_t)bits;
+                    any |= bits != 0;
+                } else {
+                    any |= 0 * EACH < keys && shows_any<M>(x[k].x);
+                    any |= 1 * EACH < keys && shows_any<M>(x[k].y);
+                    any |= 2 * EACH < keys && shows_any<M>(x[k].z);
+                    any |= 3 * EACH < keys && shows_any<M>(x[k].w);
+                }
+            }
+            if (M::dtype != FC_BOOL && __any_sync(0xffffffffu, any)) return true;
+        }
+        return __any_sync(0xffffffffu, any);
+    }
+
+    /* s in natural units = unit * s + the mask, where it is of floats; visible() tells the rest. For a warp whose
+     * sixteen rows begin with the tile's row first_row. */
+    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, const uint8_t *tile, int first_row) const
+    {
+        const int lane = threadIdx.x % 32;
+        if (mask.dtype == T::dtype) {
+            /* Lane 8 m + i says where row i of matrix m lies, of four: pieces c and c + 1 of two times eight rows. */
+            const uint32_t from = shared_address(tile) + place<T>(params.by_row ? first_row + lane % 16 : 0, lane / 16);
+#pragma unroll
+            for (int c = 0; c < BLOCK_N / 8; c += 2) {
+                uint32_t pairs[4];
+                ldmatrix_x4(pairs, (from ^ 16 * (c % 8)) + c / 8 * SLAB_BYTES);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float *two = &s[4 * c + 2 * i];
+                    two[0] = fmaf(two[0], unit, T::to_float((uint16_t)pairs[i]));
+                    two[1] = fmaf(two[1], unit, T::to_float((uint16_t)(pairs[i] >> 16)));
+                }
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= unit;
+        if (mask.dtype == FC_FLOAT32) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int t = lane % 4;
+                const uint32_t from =
+                    place<float32>(params.by_row ? first_row + lane / 4 + 8 * r : 0, t / 2) + t % 2 * 8;
+#pragma unroll
+                for (int i = 0; i < BLOCK_N / 8; i++) {
+                    const float2 two = *(const float2 *)(tile + (from ^ 32 * (i % 4)) + i / 4 * SLAB_BYTES);
+                    s[4 * i + 2 * r] += two.x;
+                    s[4 * i + 2 * r + 1] += two.y;
+                }
+            }
+        }
+    }
+
+    /* A bit for each of the numbers of this thread's row g + 8 r: whether a bool mask shows it. */
+    __device__ __forceinline__ uint32_t visible(const uint8_t *tile, int first_row, int r) const
+    {
+        if (mask.dtype != FC_BOOL) return 0xffffffffu;
+        const int lane = threadIdx.x % 32;
+        const auto *words = (const uint32_t *)(tile + bits_of_row(params.by_row ? first_row + lane / 4 + 8 * r : 0));
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 32; i++) bits |= own_columns(words[i], lane % 4) << 8 * i;
+        return bits;
     }
 
   private:
-    static constexpr int EACH = 4, SPAN = 32 * EACH; /* keys looked at in one go */
+    const fc_tensor &mask;
+    const mask_params &params;
+    const schedule &all;
 
-    template <class M>
-    __device__ __forceinline__ void find(const tile_work &work, const fc_tensor &mask, const schedule &all)
+    static constexpr int SLAB_BYTES = ROWS * 128; /* where there is more than one */
+    template <class M> static constexpr int COLUMNS = mask_slab_bytes(M::dtype) / (int)sizeof(typename M::element);
+
+    __device__ __forceinline__ int num_rows() const { return params.by_row ? ROWS : 1; }
+
+    template <class M> static __device__ __forceinline__ uint32_t place(int row, int piece)
     {
-        const auto *at = row_of<const typename M::element>(mask, work.batch, work.head, 0);
-        if (at == row) return;
-        row = at;
-        const int lane = threadIdx.x % 32;
-        /* The bits of this lane's keys among those of a span. */
-        const auto look = [&](int span) {
-            uint32_t bits = 0;
+        if (mask_slab_bytes(M::dtype) < 128) return (uint32_t)(row * mask_slab_bytes(M::dtype) + 16 * piece);
+        return (uint32_t)(piece / 8 * SLAB_BYTES + row * 128 + 16 * (piece % 8 ^ row % 8));
+    }
+    static __device__ __forceinline__ uint32_t bits_of_row(int row)
+    {
+        return (uint32_t)(ROWS * BLOCK_N + row * (BLOCK_N / 8));
+    }
+
+    /* Words of 32 bits, of a number or more; some rows' loads before their stores. Rows past the end are the last. */
+    template <class M>
+    __device__ __forceinline__ void copy_each(uint8_t *tile, const tile_work &work, int first_row, int key) const
+    {
+        using element = typename M::element;
+        constexpr int EACH = 4 / (int)sizeof(element), WORDS = BLOCK_N / EACH, PER_LANE = (WORDS + 31) / 32;
+        constexpr int AT_ONCE = ROWS < 64 ? 4 : 1; /* of 64 rows that differ there is an aligned copy */
+        const int lane = threadIdx.x % 32, last = all.seqlen_q - 1, keys = min(BLOCK_N, all.seqlen_k - key);
+        const auto *from = row_of<const element>(mask, work.batch, work.head, 0) + key * mask.strides[3];
+#pragma unroll 1
+        for (int i = 0; i < num_rows(); i += AT_ONCE) {
+            element each[AT_ONCE][PER_LANE][EACH];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int key = span + EACH * lane + i;
-                if (key >= all.seqlen_k) continue;
-                if (shows<M>(M::to_float(at[key * mask.strides[3]]))) bits |= 1u << i;
+            for (int r = 0; r < AT_ONCE; r++) {
+                const auto *row = from + min(first_row + i + r, last) * mask.strides[2];
+#pragma unroll
+                for (int w = 0; w < PER_LANE; w++) {
+#pragma unroll
+                    for (int e = 0; e < EACH; e++) {
+                        const int column = (lane + 32 * w) * EACH + e;
+                        each[r][w][e] = column < keys ? row[column * mask.strides[3]] : element(0);
+                    }
+                }
             }
-            return bits;
-        };
-        first = end = 0;
-        for (int span = 0; span < all.seqlen_k; span += SPAN) {
-            const uint32_t bits = look(span), lanes = __ballot_sync(0xffffffffu, bits != 0);
-            if (lanes == 0) continue;
-            const int one = __ffs(lanes) - 1;
-            first = span + EACH * one + __ffs(__shfl_sync(0xffffffffu, bits, one)) - 1;
-            break;
-        }
-        for (int span = (all.seqlen_k - 1) / SPAN * SPAN; span >= 0; span -= SPAN) {
-            const uint32_t bits = look(span), lanes = __ballot_sync(0xffffffffu, bits != 0);
-            if (lanes == 0) continue;
-            const int one = 31 - __clz(lanes);
-            end = span + EACH * one + 32 - __clz(__shfl_sync(0xffffffffu, bits, one));
-            break;
+#pragma unroll
+            for (int r = 0; r < AT_ONCE; r++) {
+#pragma unroll
+                for (int w = 0; w < PER_LANE; w++) {
+                    const int word = lane + 32 * w;
+                    if (i + r < num_rows() && word < WORDS)
+                        memcpy(tile + place<M>(i + r, word / 4) + word % 4 * 4, each[r][w], 4);
+                }
+            }
         }
     }
 };

@@ -5,7 +5,8 @@
  *
  * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread drives the
  * copy engine; two to four warpgroups of 64 rows each compute. A warpgroup walks its tiles of keys from the last to
- * the first, since the masked ones are the last, and its out never leaves its registers.
+ * the first, since the masked ones are the last, and its out never leaves its registers. Where there is an attn_mask,
+ * one more warp for each of them copies its rows of that.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products.
@@ -16,8 +17,10 @@
  *     key_full[stage]        its copies                                              this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
+ *     mask_come[w][stage]    its copies                                              w's copying warp may look at it
+ *     mask_full[w][stage]    every lane of warpgroup w's copying warp                its rows of attn_mask may be read
+ *     mask_empty[w][stage]   every warp of warpgroup w                               they may be overwritten
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
- *     VOTE + w (named, 128)  the threads of warpgroup w                              whether its rows see the tile
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -29,12 +32,14 @@
 #include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "hopper/align_mask.cuh"
 #include "hopper/attn_mask.cuh"
 #include "hopper/options.cuh"
 #include "hopper/out.cuh"
 #include "hopper/products.cuh"
 #include "hopper/schedule.cuh"
 #include "hopper/scores.cuh"
+#include "hopper/shown_keys.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tiles.cuh"
 #include "hopper/wgmma.cuh"
@@ -45,22 +50,28 @@ using T = fc::FC_DTYPE;
 constexpr int WARPGROUPS = THREADS / 128 - 1;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
-/* Registers per thread: those that the launch bound gives all threads (128 * 512, say, or 96 * 640), the copying
- * warpgroup's share given to the others. */
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 ? 32 : 24;
-constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
-static_assert(128 * (PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS,
-              "they fit");
+/* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
+ * warpgroup keeps some, and the others share the rest. To look for keys that a mask shows takes more than to copy. */
+constexpr bool HAS_MASKS = MASK == mask_class::general;
+constexpr int PRODUCER_REGISTERS = HAS_MASKS         ? (WARPGROUPS == 2 ? 72 : 80)
+                                   : WARPGROUPS == 2 ? 40
+                                   : WARPGROUPS == 3 ? 32
+                                                     : 24;
+constexpr int ALL_REGISTERS = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
+constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
 constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 256;
-constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES + BARRIER_BYTES <= SMEM_BYTES ? 2 : 1;
-constexpr int STAGES_THAT_FIT = (SMEM_BYTES - BARRIER_BYTES - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
+constexpr int MASK_STAGES = 2, MASK_BYTES = HAS_MASKS ? fc::MASK_TILE_BYTES<64> : 16;
+constexpr int ALL_MASK_BYTES = WARPGROUPS * MASK_STAGES * MASK_BYTES;
+constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - ALL_MASK_BYTES;
+constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES <= ROOM ? 2 : 1;
+constexpr int STAGES_THAT_FIT = (ROOM - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
 constexpr int VALUE_STAGES = STAGES_THAT_FIT < 4 ? STAGES_THAT_FIT : 4;
 constexpr int TILES_BYTES = QUERY_STAGES * QUERY_BYTES + 2 * VALUE_STAGES * KEY_BYTES;
-constexpr bool ONE_MORE_FITS = MASK != mask_class::general && TILES_BYTES + KEY_BYTES + BARRIER_BYTES <= SMEM_BYTES;
+constexpr bool ONE_MORE_FITS = !HAS_MASKS && TILES_BYTES + KEY_BYTES <= ROOM;
 constexpr int KEY_STAGES = VALUE_STAGES < 4 && ONE_MORE_FITS ? VALUE_STAGES + 1 : VALUE_STAGES;
 static_assert(VALUE_STAGES >= 2, "one tile is copied while another is read");
 
@@ -71,10 +82,14 @@ struct shared_memory {
     alignas(1024) T::element query[QUERY_STAGES][SLABS][BLOCK_M][64];
     alignas(1024) T::element key[KEY_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
+    alignas(1024) uint8_t mask[WARPGROUPS][MASK_STAGES][MASK_BYTES];
     int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
+    bool mask_shows[WARPGROUPS][MASK_STAGES];               /* with mask: any of the tile's keys */
     uint64_t query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
+    uint64_t mask_come[WARPGROUPS][MASK_STAGES];
+    uint64_t mask_full[WARPGROUPS][MASK_STAGES], mask_empty[WARPGROUPS][MASK_STAGES];
     uint32_t unused; /* fc::prefetch_params */
 };
 static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
@@ -84,25 +99,30 @@ struct forward_params {
     fc_forward_args args;
     fc::schedule schedule;
     fc::option_params options;
+    fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes of parameters cost time (launch.cuh) */
 };
 
 /* Named barriers from here on, one a warpgroup: whose turn it is to issue. Three warpgroups that take turns gain 3 to
  * 7%, two lose 2%. */
-constexpr int TURN = 1, VOTE = TURN + WARPGROUPS;
+constexpr int TURN = 1;
 constexpr bool TAKES_TURNS = WARPGROUPS > 2;
 
-/* A mask's next tile is asked for while this one is multiplied, where the registers hold both: at D64, whose tiles have
- * twice the keys, they do not. Gains 10% with a bias for each score. */
-constexpr bool FETCHES_AHEAD = HEAD_DIM > 64;
+using mask_tiles = fc::mask_tiles<T, 64>;
+
+/* A tile of a float32 mask takes two stages' room. */
+static __host__ __device__ constexpr int num_mask_stages(int dtype)
+{
+    return dtype == FC_FLOAT32 ? MASK_STAGES / 2 : MASK_STAGES;
+}
 
 /* Where a role stands in a ring of stages. */
 template <int COUNT> struct ring {
     int stage = 0;
     uint32_t phase = 0; /* of the barrier that will complete next */
 
-    __device__ __forceinline__ void next()
+    __device__ __forceinline__ void next(int count = COUNT)
     {
-        if (++stage == COUNT) stage = 0, phase ^= 1;
+        if (++stage == count) stage = 0, phase ^= 1;
     }
 };
 
@@ -148,6 +168,39 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     }
 }
 
+/* A warp that brings attn_mask, of M, to a computing warpgroup: tells of one tile after another as it has come, and has
+ * more on their way where there is room. */
+template <class M>
+static __device__ __forceinline__ void bring_mask(const forward_params &params, shared_memory &smem,
+                                                  const mask_tiles &tiles, int warpgroup)
+{
+    constexpr int NUM_STAGES = num_mask_stages(M::dtype);
+    ring<MASK_STAGES> started, finished;
+    fc::shown_keys<T> shown;
+    uint32_t turn = 0;
+    fc::tile_work work;
+    while (fc::next_tile(params.schedule, turn, work)) {
+        if (work.first < work.end) shown.narrow(work, params.args.attn_mask, params.schedule);
+        const fc::rows_view view(params.schedule, work, warpgroup);
+        const int row = work.row + 64 * warpgroup;
+        int next = view.end - 1; /* to be started */
+        for (int j = next; j >= view.first; j--, finished.next(NUM_STAGES)) {
+            for (; next > j - NUM_STAGES && next >= view.first; next--, started.next(NUM_STAGES)) {
+                const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
+                if (next < j && !__all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1))) break;
+                mbarrier_wait(empty, started.phase ^ 1);
+                tiles.template start<M>(smem.mask[warpgroup][started.stage],
+                                        at(smem.mask_come[warpgroup][started.stage]), work, row, next * BLOCK_N);
+            }
+            const int stage = finished.stage;
+            const bool shows = tiles.template finish<M>(
+                smem.mask[warpgroup][stage], at(smem.mask_come[warpgroup][stage]), finished.phase, row, j * BLOCK_N);
+            if (threadIdx.x % 32 == 0) smem.mask_shows[warpgroup][stage] = shows;
+            mbarrier_arrive(at(smem.mask_full[warpgroup][stage]));
+        }
+    }
+}
+
 /* A computing warpgroup: 64 rows of each tile. */
 static __device__ __forceinline__ void consume(const forward_params &params, shared_memory &smem, int warpgroup)
 {
@@ -169,6 +222,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
+    ring<MASK_STAGES> masks;
+    const mask_tiles tiles(args.attn_mask, *params.mask, params.schedule);
+    const bool has_mask = args.attn_mask.dtype != FC_NONE;
     const auto wait_for = [&](const uint64_t *full, const auto &stages) {
         mbarrier_wait(at(full[stages.stage]), stages.phase);
     };
@@ -187,7 +243,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::multiply_q_k(s, fc::advance(query, queries.stage * QUERY_BYTES), fc::advance(key, keys.stage * KEY_BYTES));
     };
     const auto start_p_v = [&] { fc::multiply_p_v(out, p, fc::advance(value, values.stage * KEY_BYTES)); };
-    const auto multiply_both = [&](auto meanwhile) {
+    const auto multiply_both = [&] {
         wait_for(smem.key_full, keys);
         wait_for(smem.value_full, values);
         wait_turn();
@@ -196,14 +252,13 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         start_q_k();
         start_p_v();
         end_turn();
-        meanwhile();
         fc::wgmma_wait<0>();
         fc::hold(s);
         fc::hold(out);
         let_go(smem.key_empty, keys);
         let_go(smem.value_empty, values);
     };
-    const auto multiply_first = [&](auto meanwhile) {
+    const auto multiply_first = [&] {
         wait_for(smem.key_full, keys);
         wait_turn();
         fc::wgmma_fence();
@@ -213,7 +268,6 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
         }
-        meanwhile();
         fc::hold(out);
         fc::wgmma_wait<0>();
         fc::hold(s);
@@ -263,21 +317,22 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
         if constexpr (MASK == mask_class::general) {
             /* Scores as options make them; a tile that the mask hides from all 64 rows is let go unread, too. */
-            fc::score_options<T, FETCHES_AHEAD> options(args, params.options, params.schedule, work, row);
+            const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, tiles, work, row);
             const auto sees = [&] {
-                const bool any = options.resolve(j);
-                if (args.attn_mask.dtype == FC_NONE) return true;
-                return __any_sync(0xffffffffu, bar_red_or(VOTE + warpgroup, 128, any)) != 0;
+                if (!has_mask) return true;
+                wait_for(smem.mask_full[warpgroup], masks);
+                return __shfl_sync(0xffffffffu, smem.mask_shows[warpgroup][masks.stage], 0) != 0;
             };
-            const auto fetch_next = [&] {
-                if (j > view.first) options.fetch(j - 1);
-            };
-            const auto fetch_ahead = [&] {
-                if (FETCHES_AHEAD) fetch_next();
+            const auto let_go_mask = [&] {
+                if (!has_mask) return;
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(at(smem.mask_empty[warpgroup][masks.stage]));
+                masks.next(num_mask_stages(args.attn_mask.dtype));
             };
             const auto weigh = [&] {
-                options.apply(s, j, j >= view.end_whole || j < view.first_whole);
-                if (!FETCHES_AHEAD) fetch_next();
+                const bool is_cut = j >= view.end_whole || j < view.first_whole;
+                options.apply(s, j, is_cut, smem.mask[warpgroup][masks.stage], 16 * warp);
+                let_go_mask();
                 softmax.step<T>(s, p, out, unit_log2);
             };
 #pragma unroll
@@ -285,14 +340,13 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 #pragma unroll 1
             for (; j >= max(view.end, work.first); j--) pass_key(), pass_value();
             bool pending = false; /* p.v of the tile before */
-            if (j >= view.first) options.fetch(j);
 #pragma unroll 1
             for (; j >= view.first; j--) {
                 if (sees()) {
                     if (pending) {
-                        multiply_both(fetch_ahead);
+                        multiply_both();
                     } else {
-                        multiply_first(fetch_ahead);
+                        multiply_first();
                     }
                     pending = true;
                     weigh();
@@ -300,7 +354,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     if (pending) multiply_last([] {});
                     pending = false;
                     pass_key(), pass_value();
-                    fetch_next();
+                    let_go_mask();
                 }
             }
             if (pending) {
@@ -325,12 +379,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 softmax.step<T>(s, p, out, unit_log2);
             };
             const auto step = [&](auto masked) {
-                multiply_both([] {});
+                multiply_both();
                 weigh(masked, no);
             };
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
-            multiply_first([] {});
+            multiply_first();
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
             weigh(yes, yes);
@@ -383,9 +437,17 @@ static __global__ __launch_bounds__(THREADS,
         init_barriers(smem.query_full, smem.query_empty);
         init_barriers(smem.key_full, smem.key_empty);
         init_barriers(smem.value_full, smem.value_empty);
+        for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
+            for (int stage = 0; stage < MASK_STAGES; stage++) {
+                mbarrier_init(at(smem.mask_come[w][stage]), 1);
+                mbarrier_init(at(smem.mask_full[w][stage]), 32);
+                mbarrier_init(at(smem.mask_empty[w][stage]), 4);
+            }
+        }
         fence_mbarrier_init();
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+    if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
     if (threadIdx.x == 64) { /* Gains 7% where all keys fit on chip at once; where more follow, little or nothing. */
         uint32_t turn = 0;
         fc::tile_work work;
@@ -399,18 +461,28 @@ static __global__ __launch_bounds__(THREADS,
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        const int thread = threadIdx.x - 128 * WARPGROUPS;
-        if (thread < (MASK == mask_class::general ? 32 : 1)) produce(params, smem);
+        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+        if (warp == 0 && (HAS_MASKS || threadIdx.x % 32 == 0)) produce(params, smem);
+        if (HAS_MASKS && 0 < warp && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {
+            const mask_tiles tiles(params.args.attn_mask, *params.mask, params.schedule);
+            tiles.with_dtype([&](auto m) { bring_mask<decltype(m)>(params, smem, tiles, warp - 1); });
+        }
     } else {
         setmaxnreg_inc<CONSUMER_REGISTERS>();
         consume(params, smem, warpgroup);
     }
 }
 
-extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
+extern "C" int FC_NAME(forward)(const fc_forward_args *given, const fc_plan *plan, void *workspace, void *stream)
 {
-    forward_params params = {{}, {}, {}, *args, fc::schedule(*args, *plan), fc::option_params(*args)};
-    const cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
+    fc_forward_args args = *given;
+    cudaError_t error = cudaSuccess;
+    if constexpr (HAS_MASKS) {
+        if (plan->workspace_bytes > 0) error = fc::align_mask<MASK>(&args, workspace, stream);
+    }
+    forward_params params = {{}, {}, {}, args, fc::schedule(args, *plan), fc::option_params(args), {}};
+    if (error == cudaSuccess) error = fc::make_tensor_maps(&params.query, &params.key, &params.value, args);
+    if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, args, 64);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(
         {plan->num_blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory), 1, true}, stream, params);

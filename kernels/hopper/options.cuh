@@ -3,7 +3,7 @@
  *
  *     score = softcap(scale * q.k) + attn_mask - slope * |key - row - diagonal|
  *
- * where the band and the mask leave the key visible, else -inf. fetch() of a tile is best called a tile ahead.
+ * where the band and the mask leave the key visible, else -inf.
  */
 #ifndef FC_HOPPER_OPTIONS_CUH
 #define FC_HOPPER_OPTIONS_CUH
@@ -41,39 +41,33 @@ __device__ __forceinline__ float unit_of_scores(const fc_forward_args &args, con
     return are_natural(args, options) ? 1 : options.scale;
 }
 
-/* Of a thread's two rows in one tile of the output. */
-template <class T, bool KEEPS_TWO> struct score_options {
+/* Of a thread's two rows in one tile of the output. MaskTiles: mask_tiles. */
+template <class T, class MaskTiles> struct score_options {
     __device__ __forceinline__ score_options(const fc_forward_args &args, const option_params &options,
-                                             const schedule &all, const tile_work &work, int row)
-        : args(args), options(options), all(all), row(row), mask(args.attn_mask, all, work, row), slope(0)
+                                             const schedule &all, const MaskTiles &masks, const tile_work &work,
+                                             int row)
+        : args(args), options(options), all(all), masks(masks), row(row), slope(0)
     {
         if (args.alibi_slopes.dtype != FC_NONE) slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
-    __device__ __forceinline__ void fetch(int tile) { mask.fetch(tile * BLOCK_N); }
-
-    /* Whether the mask shows this thread any of the tile that was fetched. */
-    __device__ __forceinline__ bool resolve(int tile) { return mask.resolve(tile * BLOCK_N); }
-
-    /* is_cut: the band or the end of the keys hides some of the tile. */
-    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut) const
+    /* is_cut: the band or the end of the keys hides some of the tile. mask, first_row: as mask_tiles' add() takes. */
+    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, const uint8_t *mask,
+                                          int first_row) const
     {
         const int column = tile * BLOCK_N + threadIdx.x % 4 * 2;
         if (options.softcap != 0) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
         }
-        if (are_natural(args, options)) mask.add(s, options.softcap != 0 ? 1 : options.scale, tile * BLOCK_N);
+        if (are_natural(args, options)) masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
         if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
-        if (!is_cut && args.attn_mask.dtype == FC_NONE) return;
-        uint32_t visible[2] = {mask.visible[0], mask.visible[1]};
-        if (is_cut) {
-            visible[0] &= visible_columns(all, row, column, 0);
-            visible[1] &= visible_columns(all, row, column, 1);
-        }
-        if (!__all_sync(0xffffffffu, are_all_visible(visible[0] & visible[1]))) {
-            hide(s, 0, visible[0]);
-            hide(s, 1, visible[1]);
+        if (!is_cut && args.attn_mask.dtype != FC_BOOL) return;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            uint32_t visible = masks.visible(mask, first_row, r);
+            if (is_cut) visible &= visible_columns(all, row, column, r);
+            if (!__all_sync(0xffffffffu, are_all_visible(visible))) hide(s, r, visible);
         }
     }
 
@@ -81,8 +75,8 @@ template <class T, bool KEEPS_TWO> struct score_options {
     const fc_forward_args &args;
     const option_params &options;
     const schedule &all;
+    const MaskTiles &masks;
     const int row; /* this thread's first */
-    attn_mask_tile<T, KEEPS_TWO> mask;
     float slope;
 };
 

@@ -54,12 +54,13 @@ static cudaError_t make_tensor_maps(CUtensorMap *query, CUtensorMap *key, CUtens
                                     const fc_forward_args &args)
 {
     cudaError_t error =
-        make_tensor_map(query, args.query, args.head_dim, args.seqlen_q, args.num_heads_q, args.batch, BLOCK_M);
+        make_tensor_map(query, args.query, args.head_dim, args.seqlen_q, args.num_heads_q, args.batch, {128, BLOCK_M});
     *key = *value = *query;
     if (args.seqlen_k == 0 || error != cudaSuccess) return error;
-    error = make_tensor_map(key, args.key, args.head_dim, args.seqlen_k, args.num_heads_kv, args.batch, BLOCK_N);
+    error = make_tensor_map(key, args.key, args.head_dim, args.seqlen_k, args.num_heads_kv, args.batch, {128, BLOCK_N});
     if (error != cudaSuccess) return error;
-    return make_tensor_map(value, args.value, args.head_dim_v, args.seqlen_k, args.num_heads_kv, args.batch, BLOCK_N);
+    return make_tensor_map(value, args.value, args.head_dim_v, args.seqlen_k, args.num_heads_kv, args.batch,
+                           {128, BLOCK_N});
 }
 
 } // namespace fc

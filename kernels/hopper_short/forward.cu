@@ -16,6 +16,7 @@
  *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read
  *     key_full[i]     its copies                              tile first + i of the keys may be read
  *     value_full[i]   its copies                              likewise, of the values
+ *     mask_come[w]    its copies, for each tile           warp w's rows of attn_mask may be read
  *     parts_full      the other blocks' stores                in block 0 of a cluster: all parts are there
  */
 #include <cuda.h>
@@ -50,11 +51,17 @@ constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, MA
 constexpr int SMEM_BYTES = 227 * 1024;
 constexpr int MOST_TILES = (SMEM_BYTES - 1024 - QUERY_BYTES) / (2 * KEY_BYTES);
 
+/* Each warp copies its own sixteen rows of a mask, one tile at a time, of float32 at the most. */
+using mask_tiles = fc::mask_tiles<T, 16>;
+constexpr int MASK_BYTES = MASK == mask_class::general ? 2 * fc::MASK_TILE_BYTES<16> : 0;
+static_assert(sizeof(fc::part) % 1024 == 0, "the swizzle goes by eight rows");
+static_assert(MASK_BYTES == (MASK == mask_class::general ? FC_HOPPER_SHORT_MASK_BYTES(BLOCK_N) : 0), "the planner's");
+
 struct key_and_value {
     T::element key[SLABS][BLOCK_N][64], value[SLABS][BLOCK_N][64];
 };
 struct shared_memory {
-    uint64_t query_full, key_full[MOST_TILES], value_full[MOST_TILES], parts_full;
+    uint64_t query_full, key_full[MOST_TILES], value_full[MOST_TILES], parts_full, mask_come[THREADS / 32];
     uint32_t unused; /* fc::prefetch_params */
     alignas(1024) T::element query[SLABS][BLOCK_M][64];
     alignas(1024) key_and_value tiles[]; /* first + i of what the block sees, as many as the launch has room for */
@@ -67,6 +74,8 @@ struct forward_params {
     fc::option_params options;
     fc::fast_divisor by_splits; /* blocks of a cluster */
     int parts_offset;           /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
+    int mask_offset;            /* and behind these, of a general call: [warps][MASK_BYTES] */
+    fc::mask_params mask[MASK == mask_class::general]; /* none elsewhere: 64 bytes cost time (launch.cuh) */
 };
 
 /* Asks for everything, in the order of its use, by one thread of the warp: what several ask for at once arrives in any
@@ -109,11 +118,15 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             mbarrier_init(at(smem.value_full[i]), 1);
         }
         mbarrier_init(at(smem.parts_full), 1);
+        if (MASK == mask_class::general)
+            for (int w = 0; w < THREADS / 32; w++) mbarrier_init(at(smem.mask_come[w]), 1);
         fence_mbarrier_init();
         if (num_splits > 1 && rank == 0)
             mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+    if (MASK == mask_class::general && threadIdx.x == 96 && params.mask->is_mapped)
+        prefetch_tensormap(&params.mask->map);
     /* Gains 2 to 5% where a tile has 128 keys, and costs up to 10% where it has 64. */
     if (BLOCK_N == 128 && threadIdx.x == 64) fc::prefetch_keys(params, work);
     __syncthreads();
@@ -142,13 +155,31 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         fc::multiply_p_v(out, p, fc::advance(value, (tile - work.first) * 2 * KEY_BYTES));
     };
     /* q.k of tile j in s -> weights in p. */
-    fc::score_options<T, false> options(args, params.options, params.schedule, work, row);
+    const mask_tiles masks(args.attn_mask, *params.mask, params.schedule);
+    uint8_t *const mask = dynamic_shared() + params.mask_offset + threadIdx.x / 32 * MASK_BYTES;
+    const uint32_t mask_come = at(smem.mask_come[threadIdx.x / 32]);
+    uint32_t mask_phase = 0;
+    const int first_row = work.row + 64 * warpgroup + 16 * warp; /* of the warp */
+    const auto start_mask = [&](int tile) {
+        if (args.attn_mask.dtype == FC_NONE) return;
+        masks.with_dtype(
+            [&](auto m) { masks.template start<decltype(m)>(mask, mask_come, work, first_row, tile * BLOCK_N); });
+    };
+    const auto finish_mask = [&] {
+        if (args.attn_mask.dtype == FC_NONE) return;
+        masks.with_dtype(
+            [&](auto m) { masks.template finish<decltype(m)>(mask, mask_come, mask_phase, first_row, j * BLOCK_N); });
+        mask_phase ^= 1;
+        __syncwarp();
+    };
+    const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, masks, work, row);
     const auto weigh = [&](auto is_first) {
         const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
         if constexpr (MASK == mask_class::general) {
-            options.resolve(j);
-            options.apply(s, j, is_cut);
-            if (j > view.first) options.fetch(j - 1);
+            finish_mask();
+            options.apply(s, j, is_cut, mask, 0);
+            __syncwarp();
+            if (j > view.first) start_mask(j - 1);
         } else if (is_cut) {
 #pragma unroll
             for (int r = 0; r < 2; r++)
@@ -161,7 +192,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     fc::out_rows<T> rows;
     const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
     if (view.first < view.end) {
-        if (MASK == mask_class::general) options.fetch(j);
+        if (MASK == mask_class::general) start_mask(j);
         mbarrier_wait(at(smem.query_full), 0);
         start_q_k();
         fc::wgmma_wait<0>();
@@ -208,11 +239,14 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
     const int num_tiles = (int)((args->seqlen_k + BLOCK_N - 1) / BLOCK_N), num_splits = plan->num_splits;
     const int share = (num_tiles + num_splits - 1) / num_splits;
     const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
-    const int smem_bytes = parts_offset + (num_splits - 1) * (int)sizeof(fc::part);
+    const int mask_offset = parts_offset + (num_splits - 1) * (int)sizeof(fc::part);
+    const int smem_bytes = mask_offset + THREADS / 32 * MASK_BYTES;
+    const fc::schedule schedule(*args, *plan);
     forward_params params = {
-        {},          {}, {}, *args, fc::schedule(*args, *plan), fc::option_params(*args), fc::fast_divisor(num_splits),
-        parts_offset};
-    const cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
+        {},           {},          {}, *args, schedule, fc::option_params(*args), fc::fast_divisor(num_splits),
+        parts_offset, mask_offset, {}};
+    cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
+    if (error == cudaSuccess && MASK == mask_class::general) error = fc::make_mask_params(params.mask, *args, 16);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(
         {plan->num_blocks, THREADS, smem_bytes, SMEM_BYTES, plan->num_splits, true}, stream, params);

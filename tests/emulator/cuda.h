@@ -6,9 +6,9 @@
 
 struct CUtensorMap {
     const unsigned char *data;
-    int64_t sizes[4];   /* column, row, head, batch */
-    int64_t strides[4]; /* bytes */
-    int box_rows;
+    int64_t sizes[4];                      /* column, row, head, batch */
+    int64_t strides[4];                    /* bytes */
+    int number_bytes, box_bytes, box_rows; /* box_bytes: of a row */
 };
 
 #endif /* FC_EMULATOR_CUDA_H */

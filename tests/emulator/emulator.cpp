@@ -170,7 +170,11 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attent
     int status = fc_check(given, true, &problem, &args);
     if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, plan);
     if (status != FC_OK || plan->grid == 0) return status;
-    return -fc_kernels[plan->kernel].launcher(&args, plan, nullptr, nullptr);
+    constexpr size_t GUARD = 256;
+    std::vector<unsigned char> workspace(plan->workspace_bytes + 2 * GUARD, 0xff); /* NaN */
+    unsigned char *start = workspace.data() + GUARD;
+    start += -(uintptr_t)start % 256;
+    return -fc_kernels[plan->kernel].launcher(&args, plan, start, nullptr);
 }
 
 /* The same for fc_attention_backward; -1 where the kernels wrote outside their workspace, which is full of NaN. */

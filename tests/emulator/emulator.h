@@ -6,7 +6,7 @@
  * fiber; a fiber that waits for a barrier, for a copy or for the other lanes of its warp lets the next one run. What is
  * checked is therefore results, index arithmetic and the protocol of barriers: where no fiber can go on, the block
  * is stuck, and the run ends with an error. What is not: that asynchronous products are waited for before their
- * registers are touched (they run at once here), swizzles, speed.
+ * registers are touched (they run at once here), speed.
  */
 #ifndef FC_EMULATOR_H
 #define FC_EMULATOR_H
@@ -143,6 +143,10 @@ int __syncthreads_or(int mine);
 void barrier_cluster_arrive_relaxed();
 void barrier_cluster_wait();
 
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift)
+{
+    return (uint32_t)(((uint64_t)high << 32 | low) >> shift % 32);
+}
 inline int __ffs(unsigned x)
 {
     return __builtin_ffs((int)x);
@@ -159,7 +163,7 @@ inline uint32_t __vminu4(uint32_t a, uint32_t b)
 }
 
 using cudaError_t = int;
-enum { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 
 /* Runs every block of a grid, those of a cluster together and one cluster after another; cudaErrorLaunchFailure where
  * one is stuck. */

@@ -44,6 +44,15 @@ inline uint32_t mapa(uint32_t address, int rank)
     return address % EMULATOR_SMEM_BYTES + (uint32_t)rank * EMULATOR_SMEM_BYTES;
 }
 
+inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t address)
+{
+    for (int m = 0; m < 4; m++) {
+        const uint32_t row =
+            emulator_exchange(address, [=](const uint32_t *all, int lane) { return all[8 * m + lane / 4]; });
+        memcpy(&d[m], dynamic_smem + row + threadIdx.x % 4 * 4, 4);
+    }
+}
+
 struct emulator_mbarrier {
     uint32_t count = 0, arrived = 0, phase = 0;
     int64_t bytes = 0; /* still to come */
@@ -80,26 +89,37 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity)
 {
     while ((emulator_mbarriers.at(barrier).phase & 1) == parity) emulator_yield();
 }
+inline bool mbarrier_test(uint32_t barrier, uint32_t parity)
+{
+    return (emulator_mbarriers.at(barrier).phase & 1) != parity;
+}
 
+/* Of 128 bytes: a 16-byte piece's place in its row, by the row. */
+inline uint32_t emulator_swizzle(uint32_t address)
+{
+    return address ^ (address >> 3 & 0x70);
+}
 inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier, int column, int row,
                                  int head, int batch)
 {
+    const int columns = map->box_bytes / map->number_bytes;
     for (int r = 0; r < map->box_rows; r++) {
-        for (int c = 0; c < 64; c++) {
+        for (int c = 0; c < columns; c++) {
             const int64_t at[4] = {column + c, row + r, head, batch};
-            uint16_t x = 0;
             bool inside = true;
             int64_t offset = 0;
             for (int i = 0; i < 4; i++) {
                 inside &= 0 <= at[i] && at[i] < map->sizes[i];
                 offset += at[i] * map->strides[i];
             }
-            if (inside) memcpy(&x, map->data + offset, 2);
-            memcpy(dynamic_smem + target + 128 * r + 2 * c, &x, 2);
+            uint32_t to = target + (uint32_t)(map->box_bytes * r + map->number_bytes * c);
+            if (map->box_bytes == 128) to = emulator_swizzle(to);
+            memset(dynamic_smem + to, 0, (size_t)map->number_bytes);
+            if (inside) memcpy(dynamic_smem + to, map->data + offset, (size_t)map->number_bytes);
         }
     }
     emulator_mbarrier &it = emulator_mbarriers.at(barrier);
-    it.bytes -= 128 * map->box_rows;
+    it.bytes -= map->box_bytes * map->box_rows;
     it.settle();
 }
 inline void prefetch_tensormap(const CUtensorMap *) {}
@@ -133,16 +153,6 @@ inline void bar_arrive(int barrier, int threads)
 inline void bar_sync(int barrier, int threads)
 {
     emulator_meet(emulator_named_barriers[emulator_named(barrier)], threads, [] {});
-}
-inline bool bar_red_or(int barrier, int threads, bool mine)
-{
-    static std::map<int, std::pair<bool, bool>> votes; /* so far, and of the last meeting */
-    auto &vote = votes[emulator_named(barrier)];
-    vote.first |= mine;
-    emulator_meet(emulator_named_barriers[emulator_named(barrier)], threads, [&] { vote = {false, vote.first}; });
-    const bool any = vote.second;
-    emulator_meet(emulator_named_barriers[emulator_named(barrier) + 100], threads, [] {}); /* all have read */
-    return any;
 }
 
 #endif /* FC_COMMON_PTX_CUH */

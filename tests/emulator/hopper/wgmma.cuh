@@ -2,7 +2,7 @@
  * wgmma.cuh - in place of kernels/hopper/wgmma.cuh: d [64, N] += a [64, 16] @ b [16, N] by the 128 fibers of a
  * warpgroup.
  *
- * Tiles lie in slabs of 64 columns, rows of 128 bytes, unswizzled. A descriptor is a shared address and how far apart
+ * Tiles lie in slabs of 64 columns, rows of 128 bytes, swizzled. A descriptor is a shared address and how far apart
  * the slabs are. The layout of d and of an a in registers is that of the real header.
  */
 #ifndef FC_HOPPER_WGMMA_CUH
@@ -31,7 +31,7 @@ inline uint64_t advance(uint64_t descriptor, uint32_t bytes)
 inline float emulator_number(uint32_t address)
 {
     uint16_t x;
-    memcpy(&x, dynamic_smem + address, 2);
+    memcpy(&x, dynamic_smem + emulator_swizzle(address), 2);
     return FC_DTYPE::to_float(x);
 }
 
