@@ -74,7 +74,7 @@ _PROBLEMS = [
     Problem("causal, head_dim 256", (1, 2, 2, 190, 190, 256), {"is_causal": True}),
     Problem("window", (1, 3, 3, 260, 600, 48), {"window": (90, 30)}),
     Problem("softcap", (1, 2, 1, 150, 530, 32), {"window": (400, 5), "softcap": 3.0}),
-    Problem("bool mask", (1, 2, 2, 150, 530, 96), mask=bool),
+    Problem("bool mask", (1, 2, 2, 210, 530, 96), mask=bool),
     Problem("added mask, alibi, sinks", (2, 4, 2, 140, 300, 64), mask=float, alibi=True, sinks=True),
     Problem("softcap, head_dim 128", (1, 2, 2, 150, 140, 128), {"softcap": 3.0}),
     Problem("alibi, head_dim 256", (1, 2, 2, 150, 140, 256), alibi=True),
