@@ -160,8 +160,21 @@ cudaError_t emulator_run(int blocks, int cluster, int threads, int smem_bytes, v
     return cudaSuccess;
 }
 
-/* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or the
- * kernel's error negated. */
+/* The launcher's error negated; -1 where kernels wrote outside their workspace, which is full of NaN. */
+template <class Launch> static int with_workspace(const fc_plan &plan, Launch launch)
+{
+    constexpr size_t GUARD = 256;
+    std::vector<unsigned char> workspace(plan.workspace_bytes + 2 * GUARD + 256, 0xff);
+    unsigned char *start = workspace.data() + GUARD;
+    start += -(uintptr_t)start % 256;
+    const int error = launch(start);
+    std::fill(start, start + plan.workspace_bytes, 0xff);
+    if (std::any_of(workspace.begin(), workspace.end(), [](unsigned char x) { return x != 0xff; })) return -1;
+    return -error;
+}
+
+/* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or what
+ * with_workspace() returns. */
 extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attention_problem *given,
                                                                  const fc_device *device, fc_plan *plan)
 {
@@ -170,14 +183,11 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attent
     int status = fc_check(given, true, &problem, &args);
     if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, plan);
     if (status != FC_OK || plan->grid == 0) return status;
-    constexpr size_t GUARD = 256;
-    std::vector<unsigned char> workspace(plan->workspace_bytes + 2 * GUARD, 0xff); /* NaN */
-    unsigned char *start = workspace.data() + GUARD;
-    start += -(uintptr_t)start % 256;
-    return -fc_kernels[plan->kernel].launcher(&args, plan, start, nullptr);
+    return with_workspace(
+        *plan, [&](void *workspace) { return fc_kernels[plan->kernel].launcher(&args, plan, workspace, nullptr); });
 }
 
-/* The same for fc_attention_backward; -1 where the kernels wrote outside their workspace, which is full of NaN. */
+/* The same for fc_attention_backward. */
 extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const fc_backward_problem *given,
                                                                           const fc_device *device)
 {
@@ -191,14 +201,8 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const 
     if (status != FC_OK || plan.grid == 0) return status;
     plan.num_blocks = std::min<int64_t>(plan.num_blocks, 7); /* each takes several tiles in turn */
 
-    constexpr size_t GUARD = 256;
-    std::vector<unsigned char> workspace(plan.workspace_bytes + 2 * GUARD + 256, 0xff);
-    unsigned char *start = workspace.data() + GUARD;
-    start += -(uintptr_t)start % 256;
-    const int error = fc_backward_launcher_of(plan.kernel)(&args, &plan, start, nullptr);
-    std::fill(start, start + plan.workspace_bytes, 0xff);
-    if (std::any_of(workspace.begin(), workspace.end(), [](unsigned char x) { return x != 0xff; })) return -1;
-    return -error;
+    return with_workspace(
+        plan, [&](void *workspace) { return fc_backward_launcher_of(plan.kernel)(&args, &plan, workspace, nullptr); });
 }
 
 /* The planner's tables name kernels that are not in this library, too: these stand in for them. */
