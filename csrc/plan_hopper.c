@@ -181,14 +181,13 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     return 1000 + 0.088 * load * kernel->block_m * lost * fc_hopper_weight(kernel);
 }
 
-/* Room for a copy of attn_mask with aligned rows (kernels/hopper/align_mask.cuh), where rows differ and are not. */
+/* Room for a copy of attn_mask with aligned rows, where rows differ and are not. */
 static uint64_t mask_copy_bytes(const fc_forward_args *args)
 {
     const fc_tensor *mask = &args->attn_mask;
-    if (mask->dtype == FC_NONE || mask->strides[2] == 0 || args->seqlen_q == 1 || fc_hopper_maps_mask(mask)) return 0;
-    int64_t heads = mask->strides[1] == 0 ? 1 : args->num_heads_q, batch = mask->strides[0] == 0 ? 1 : args->batch;
-    int64_t row_bytes = fc_divide_up(args->seqlen_k * fc_mask_number_bytes(mask->dtype), 16) * 16;
-    return (uint64_t)(batch * heads * args->seqlen_q * row_bytes);
+    if (mask->dtype == FC_NONE || !fc_mask_rows_differ(args) || fc_hopper_maps_mask(mask)) return 0;
+    fc_mask_copy copy = fc_mask_copy_of(args);
+    return (uint64_t)(copy.batch * copy.heads * args->seqlen_q * copy.row_bytes);
 }
 
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,

@@ -17,8 +17,7 @@ static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, 
     int64_t row_bytes = kernel->head_dim * 2,
             tiles = fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
     int64_t part_bytes = (kernel->head_dim / 2 + 4) * (int64_t)sizeof(float) * kernel->threads;
-    int64_t mask_bytes =
-        kernel->mask == fc_mask_general ? kernel->threads / 32 * FC_HOPPER_SHORT_MASK_BYTES(kernel->block_n) : 0;
+    int64_t mask_bytes = kernel->threads / 32 * fc_hopper_short_mask_bytes(&args->attn_mask, kernel->block_n);
     return BARRIER_BYTES + kernel->block_m * row_bytes + 2 * tiles * kernel->block_n * row_bytes +
            (splits - 1) * part_bytes + mask_bytes;
 }
@@ -39,7 +38,8 @@ bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel
 /* Blocks that a multiprocessor holds, by registers (as the kernel bounds them) and by shared memory. */
 static int64_t blocks_that_fit(const fc_kernel *kernel, int64_t bytes)
 {
-    int64_t warpgroups = FC_HOPPER_SHORT_WARPGROUPS(kernel->block_n, kernel->head_dim, kernel->mask == fc_mask_general);
+    bool has_masks = kernel->mask == fc_mask_unbiased || kernel->mask == fc_mask_general;
+    int64_t warpgroups = FC_HOPPER_SHORT_WARPGROUPS(kernel->block_n, kernel->head_dim, has_masks);
     int64_t by_registers = warpgroups / (kernel->block_m / 64), by_smem = SM_SMEM_BYTES / (bytes + 1024);
     return by_registers < by_smem ? by_registers : by_smem;
 }

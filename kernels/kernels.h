@@ -60,6 +60,26 @@ static inline bool fc_hopper_maps_mask(const fc_tensor *mask)
     return true;
 }
 
+static inline bool fc_mask_rows_differ(const fc_forward_args *args)
+{
+    return args->attn_mask.strides[2] != 0 && args->seqlen_q > 1;
+}
+
+/* The copy of attn_mask with aligned rows, [batch, heads, seqlen_q] of them, that kernels/hopper/align_mask.cuh makes
+ * of one which the copy engine cannot read; what all batches or all heads share is there once. */
+typedef struct fc_mask_copy {
+    int64_t batch, heads, row_bytes;
+} fc_mask_copy;
+static inline fc_mask_copy fc_mask_copy_of(const fc_forward_args *args)
+{
+    const fc_tensor *mask = &args->attn_mask;
+    fc_mask_copy copy;
+    copy.batch = mask->strides[0] == 0 ? 1 : args->batch;
+    copy.heads = mask->strides[1] == 0 ? 1 : args->num_heads_q;
+    copy.row_bytes = (args->seqlen_k * fc_mask_number_bytes(mask->dtype) + 15) / 16 * 16;
+    return copy;
+}
+
 /* A backward problem, resolved. */
 typedef struct fc_backward_args {
     fc_forward_args forward; /* out and lse are inputs here */
@@ -79,15 +99,18 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 /* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out; some 16
  * for options) and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the
  * planner's. */
-#define FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general)                                                         \
-    ((block_n) / 2 + (block_n) / 4 + (head_dim) / 2 + ((is_general) ? 16 : 0))
-#define FC_HOPPER_SHORT_WARPGROUPS(block_n, head_dim, is_general)                                                      \
-    (FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 88    ? 4                                               \
-     : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, is_general) <= 128 ? 3                                               \
-                                                                     : 2)
+#define FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, has_masks)                                                          \
+    ((block_n) / 2 + (block_n) / 4 + (head_dim) / 2 + ((has_masks) ? 16 : 0))
+#define FC_HOPPER_SHORT_WARPGROUPS(block_n, head_dim, has_masks)                                                       \
+    (FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, has_masks) <= 88    ? 4                                                \
+     : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, has_masks) <= 128 ? 3                                                \
+                                                                    : 2)
 
-/* Shared memory for a mask of each warp of kernels/hopper_short: sixteen rows of a tile, of float32. */
-#define FC_HOPPER_SHORT_MASK_BYTES(block_n) (16 * (block_n) * 4)
+/* Shared memory for the mask of a warp of kernels/hopper_short: sixteen rows of a tile. */
+static inline int64_t fc_hopper_short_mask_bytes(const fc_tensor *mask, int64_t block_n)
+{
+    return mask->dtype == FC_NONE ? 0 : 16 * block_n * fc_mask_number_bytes(mask->dtype);
+}
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of
  * variants.def, or _backward_. */

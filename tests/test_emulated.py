@@ -82,9 +82,11 @@ def test_every_row(row: list[str]) -> None:
     ]:
         q, k, v = _qkv(rows, keys, d - 8, dtype=dtype)
         options: dict[str, Any] = {"window": (keys, 0), "diagonal": keys - rows} if mask != "full" else {}
+        if mask in ("unbiased", "general"):
+            options |= {"attn_mask": _normal(1, 1, rows, keys, seed=4) > -0.5, "sinks": np.float32([0.3, -2])}
         if mask == "general":
             options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4), "softcap": 5.0}
-            options |= {"alibi_slopes": np.float32([0.5, 0.1]), "sinks": np.float32([0.3, -2])}
+            options |= {"alibi_slopes": np.float32([0.5, 0.1])}
         plan: list[int] = []
         result = emulated.attention(
             emulated.library(family), q, k, v, kernel=kernel, num_sms=132, num_splits=plan, **options

@@ -92,12 +92,17 @@ def check(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
 
 def of_class(word: str) -> Options:
     """The least option that brings a call to the rows of this mask."""
-    return {"full": {}, "band": {"is_causal": True}, "general": {"attn_mask": torch.zeros(1, 1, device="cuda")}}[word]
+    return {
+        "full": {},
+        "band": {"is_causal": True},
+        "unbiased": {"attn_mask": torch.ones(1, 1, device="cuda", dtype=torch.bool)},
+        "general": {"attn_mask": torch.zeros(1, 1, device="cuda")},
+    }[word]
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_row_width = pytest.mark.parametrize("dim", HEAD_DIMS)
-every_class = pytest.mark.parametrize("word", ["full", "band", "general"])
+every_class = pytest.mark.parametrize("word", ["full", "band", "unbiased", "general"])
 
 
 # Every row of variants.def
@@ -125,9 +130,11 @@ def test_every_row_in_small(row: str) -> None:
     dtype, dim, word, *_ = of_row(row)
     q, k, v = qkv(200, 290, dim - 8, dim, heads=4, heads_kv=2, dtype=dtype)
     options: Options = {"window": (100, 30), "diagonal": 60} if word != "full" else {}
+    if word in ("unbiased", "general"):
+        options |= {"attn_mask": sprinkle(200, 290), "sinks": normal(4)}
     if word == "general":
         options |= {"attn_mask": normal(200, 290, dtype=dtype), "softcap": 5.0}
-        options |= {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], device="cuda"), "sinks": normal(4)}
+        options |= {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], device="cuda")}
     assert flashcore.explain(q, k, v, **options).kernel == row
     check(q, k, v, **options)
 
@@ -135,9 +142,10 @@ def test_every_row_in_small(row: str) -> None:
 @pytest.mark.sanitize
 def test_every_row_with_a_bool_mask_or_without_keys(row: str) -> None:
     dtype, dim, word, *_ = of_row(row)
-    if word == "general":
+    if word in ("unbiased", "general"):
         q, k, v = qkv(65, 129, dim, dtype=dtype)
-        check(q, k, v, attn_mask=sprinkle(65, 129), is_causal="lower_right")
+        options: Options = {"softcap": 5.0} if word == "general" else {}
+        check(q, k, v, attn_mask=sprinkle(65, 129), is_causal="lower_right", **options)
     elif word == "band":
         check(*qkv(270, 40, dim, heads=3, dtype=dtype), is_causal="lower_right")  # 230 rows see no key
     else:

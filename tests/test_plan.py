@@ -194,7 +194,7 @@ def test_device_of_another_type() -> None:
 # Words
 
 
-FULL, GENERAL, BAND = "full mask", "general mask", "band mask"
+FULL, BAND, UNBIASED, GENERAL = "full mask", "band mask", "unbiased mask", "general mask"
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,19 @@ def test_mask_class(fields: dict[str, Any], word: str) -> None:
     assert word in describe(cpu(**fields), capi.cpu_device())
 
 
-@pytest.mark.parametrize("name", ["attn_mask", "sinks", "alibi_slopes"])
-def test_operands_make_a_mask_general(name: str) -> None:
+@pytest.mark.parametrize(
+    "name,dtype,word",
+    [
+        ("attn_mask", FLOAT32, GENERAL),
+        ("attn_mask", BOOL, UNBIASED),
+        ("sinks", FLOAT32, UNBIASED),
+        ("alibi_slopes", FLOAT32, GENERAL),
+    ],
+)
+def test_mask_class_by_operands(name: str, dtype: int, word: str) -> None:
     problem = cpu()
-    setattr(problem, name, capi.Tensor(None, (ctypes.c_int64 * 4)(), FLOAT32, 0))
-    assert GENERAL in describe(problem, capi.cpu_device())
+    setattr(problem, name, capi.Tensor(None, (ctypes.c_int64 * 4)(), dtype, 0))
+    assert word in describe(problem, capi.cpu_device())
 
 
 def test_a_plan_reads_as_a_sentence() -> None:
@@ -346,6 +354,8 @@ def test_every_cuda_kernel_can_be_forced(index: int) -> None:
         dtype=capi.DTYPES[dtype], head_dim=int(head_dim[1:]), head_dim_v=int(head_dim[1:]), flags=flags,
         kernel=CUDA_KERNELS[index].encode(), softcap=1.0 if mask == "general" else 0.0, seqlen_k=128,
     )  # fmt: skip
+    if mask == "unbiased":
+        problem = with_tensor(problem, "attn_mask", BOOL)
     plans = [capi.plan(problem, capi.gpu_device(c)) for c in (75, 80, 86, 89, 90, 100, 120)]
     assert any(status == OK and name_of(plan) == CUDA_KERNELS[index] for status, plan in plans)
 
@@ -428,14 +438,24 @@ def test_hopper_mask(fields: dict[str, Any], mask: str) -> None:
 @needs_hopper_build
 @pytest.mark.parametrize("flags", [0, CAUSAL])
 @pytest.mark.parametrize(
-    "name,dtype",
-    [("attn_mask", capi.BOOL), ("attn_mask", FLOAT16), ("attn_mask", FLOAT32), ("sinks", FLOAT32),
-     ("alibi_slopes", FLOAT16)],
-)  # fmt: skip
-def test_hopper_operands(name: str, dtype: int, flags: int) -> None:
-    status, plan = capi.plan(with_tensor(capi.shapes_only(flags=flags), name, dtype), HOPPER)
+    "name,dtype,fields,mask",
+    [
+        ("attn_mask", BOOL, {}, "unbiased"),
+        ("attn_mask", BOOL, {"softcap": 1.0}, "general"),
+        ("attn_mask", BOOL, {"flags": capi.SCALE, "scale": -1.0}, "general"),
+        ("attn_mask", FLOAT16, {}, "general"),
+        ("attn_mask", FLOAT32, {}, "general"),
+        ("sinks", FLOAT32, {}, "unbiased"),
+        ("sinks", FLOAT32, {"softcap": 1.0}, "general"),
+        ("alibi_slopes", FLOAT16, {}, "general"),
+    ],
+    ids=str,
+)
+def test_hopper_operands(name: str, dtype: int, fields: dict[str, Any], mask: str, flags: int) -> None:
+    problem = capi.shapes_only(**fields | {"flags": flags | fields.get("flags", 0)})
+    status, plan = capi.plan(with_tensor(problem, name, dtype), HOPPER)
     assert status == OK
-    assert of_hopper(plan) == "float16_d64_general"
+    assert of_hopper(plan) == f"float16_d64_{mask}"
 
 
 @needs_hopper_build

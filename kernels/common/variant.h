@@ -17,8 +17,9 @@
 #define FC_NAME(op) FC_JOIN(FC_FAMILY, op, FC_DTYPE, FC_HEAD_DIM, FC_MASK, FC_BLOCK_M, FC_BLOCK_N)
 
 /* Which calls the row serves; the words of its mask column. */
-enum class mask_class { any, full, band, general };
+enum class mask_class { any, full, band, unbiased, general };
 constexpr mask_class MASK = mask_class::FC_MASK;
+constexpr bool HAS_MASKS = MASK == mask_class::unbiased || MASK == mask_class::general; /* besides `any` */
 constexpr int HEAD_DIM = FC_HEAD_DIM;
 constexpr int BLOCK_M = FC_BLOCK_M;
 constexpr int BLOCK_N = FC_BLOCK_N;

@@ -36,15 +36,16 @@ static __global__ __launch_bounds__(ALIGN_THREADS) void align_kernel(const __gri
     }
 }
 
-/* Begins the copy, and puts it in the mask's place. A template, so that only general rows have the kernels. */
+/* Begins the copy, and puts it in the mask's place. A template, so that only rows with masks have the kernels. */
 template <mask_class> static cudaError_t align_mask(fc_forward_args *args, void *workspace, void *stream)
 {
     const fc_tensor &mask = args->attn_mask;
-    const int64_t bytes = fc_mask_number_bytes(mask.dtype), pitch = (args->seqlen_k * bytes + 15) / 16 * 16 / bytes;
-    const int64_t heads = mask.strides[1] == 0 ? 1 : args->num_heads_q, batch = mask.strides[0] == 0 ? 1 : args->batch;
-    align_params params = {mask, mask, batch * heads * args->seqlen_q, args->seqlen_q, heads, (int)args->seqlen_k};
+    const fc_mask_copy copy = fc_mask_copy_of(args);
+    const int64_t bytes = fc_mask_number_bytes(mask.dtype), pitch = copy.row_bytes / bytes;
+    const int64_t num_rows = copy.batch * copy.heads * args->seqlen_q;
+    align_params params = {mask, mask, num_rows, args->seqlen_q, copy.heads, (int)args->seqlen_k};
     params.copy.data = workspace;
-    params.copy.strides[0] = mask.strides[0] == 0 ? 0 : heads * args->seqlen_q * pitch;
+    params.copy.strides[0] = mask.strides[0] == 0 ? 0 : copy.heads * args->seqlen_q * pitch;
     params.copy.strides[1] = mask.strides[1] == 0 ? 0 : args->seqlen_q * pitch;
     params.copy.strides[2] = pitch;
     params.copy.strides[3] = 1;

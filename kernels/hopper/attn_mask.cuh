@@ -2,10 +2,11 @@
  * attn_mask.cuh - one tile of attn_mask in shared memory: how it comes there, and to the threads that hold its scores.
  *
  *     slabs [ROWS, 128 bytes], as the copy engine's swizzle leaves them: a row's 16-byte piece c in place c ^ row % 8
- *     of a bool mask, whose slab may be 64 bytes wide, also bits [ROWS, BLOCK_N / 32 words], behind its bytes
+ *     of a bool mask with BLOCK_N 64 [ROWS, 64 bytes]: in place c ^ row / 2 % 4
  *
  * Where all rows are the same, as in a padding mask, there is one. A warp brings a tile, some time ahead of its use,
- * and then looks through it for keys that it shows: a tile without any is not multiplied.
+ * and then looks through it for keys that it shows: a tile without any is not multiplied, and one of bools that shows
+ * all is not looked at again.
  *
  * The trick is the swizzle: ldmatrix finds the pieces of eight rows in all 32 banks, and gives a thread the
  * numbers of its own scores, two rows g and g + 8 and the key pairs 8 i + 2 t, 8 i + 2 t + 1 (wgmma.cuh). Nothing is
@@ -32,27 +33,14 @@ template <class M> __device__ __forceinline__ bool shows_any(uint32_t word)
     return word != (M::dtype == FC_FLOAT32 ? 0xff800000u : M::dtype == FC_FLOAT16 ? 0xfc00fc00u : 0xff80ff80u);
 }
 
-/* Which bytes are not zero, as bits. */
-__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x)
-{
-    /* First as the upper bit of each byte. The product has byte k's at 28 + k, and no two others in one place. */
-    const uint32_t set = (((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u;
-    return set * 0x00204081u >> 28;
-}
-__device__ __forceinline__ uint32_t bits_of_bytes(const uint4 &x)
-{
-    return bits_of_bytes(x.x) | bits_of_bytes(x.y) << 4 | bits_of_bytes(x.z) << 8 | bits_of_bytes(x.w) << 12;
-}
+/* What a tile of a mask leaves of its keys. Numbers that are added count as some, where any is not -inf. */
+enum class shown { none, some, all };
 
-/* Of 32 columns' bits those of lane t of the quad, columns 8 i + 2 t and 8 i + 2 t + 1, side by side. */
-__device__ __forceinline__ uint32_t own_columns(uint32_t columns, int t)
+/* Of a tile. */
+template <int ROWS> static __host__ __device__ constexpr int mask_tile_bytes(int dtype)
 {
-    const uint32_t pairs = columns >> 2 * t & 0x03030303u;
-    return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xff;
+    return ROWS * BLOCK_N * (dtype == FC_BOOL ? 1 : dtype == FC_FLOAT32 ? 4 : 2);
 }
-
-/* Bytes of a tile; one of float32 takes twice as many. */
-template <int ROWS> constexpr int MASK_TILE_BYTES = ROWS * BLOCK_N * 2;
 
 /* A call's mask, made on the host. */
 struct mask_params {
@@ -70,7 +58,7 @@ static constexpr int mask_slab_bytes(int dtype)
 static cudaError_t make_mask_params(mask_params *params, const fc_forward_args &args, int rows)
 {
     const fc_tensor &mask = args.attn_mask;
-    *params = {{}, false, mask.strides[2] != 0 && args.seqlen_q > 1, mask.strides[0] != 0, mask.strides[1] != 0};
+    *params = {{}, false, fc_mask_rows_differ(&args), mask.strides[0] != 0, mask.strides[1] != 0};
     if (mask.dtype == FC_NONE || args.seqlen_k == 0 || !fc_hopper_maps_mask(&mask)) return cudaSuccess;
     params->is_mapped = true;
     return make_tensor_map(&params->map, mask, args.seqlen_k, params->by_row ? args.seqlen_q : 1,
@@ -88,7 +76,7 @@ template <class T, int ROWS> struct mask_tiles {
     /* Calls use(float32()), say, where the mask is of that. */
     template <class Use> __device__ __forceinline__ auto with_dtype(Use use) const
     {
-        if (mask.dtype == FC_BOOL) return use(boolean());
+        if (MASK == mask_class::unbiased || mask.dtype == FC_BOOL) return use(boolean());
         if (mask.dtype == FC_FLOAT32) return use(float32());
         return use(T());
     }
@@ -110,47 +98,62 @@ template <class T, int ROWS> struct mask_tiles {
         }
     }
 
-    /* The same warp waits for it, and finds whether it shows any key. From then on all its lanes may tell others. */
-    template <class M>
-    __device__ __forceinline__ bool finish(uint8_t *tile, uint32_t come, uint32_t phase, int row, int key) const
+    /* The same warp waits for it. From then on all its lanes may tell others. */
+    __device__ __forceinline__ void wait(uint32_t come, uint32_t phase) const
     {
         if (params.is_mapped) {
             mbarrier_wait(come, phase);
         } else {
             __syncwarp();
         }
-        constexpr int EACH = 4 / (int)sizeof(typename M::element), PIECES = BLOCK_N / (4 * EACH); /* at most 32 a row */
-        constexpr int AT_ONCE = M::dtype == FC_BOOL ? 4 : 1; /* loads before the first store */
-        const int lane = threadIdx.x % 32, piece = lane % PIECES;
-        const int rows = min(num_rows(), all.seqlen_q - row), keys = all.seqlen_k - key - 4 * EACH * piece;
-        bool any = false;
-#pragma unroll 1
-        for (int i = lane / PIECES; __any_sync(0xffffffffu, i < rows); i += AT_ONCE * 32 / PIECES) {
-            uint4 x[AT_ONCE];
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) x[k] = *(const uint4 *)(tile + place<M>(i + k * 32 / PIECES, piece));
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                const int r = i + k * 32 / PIECES;
-                if (r >= rows) continue;
-                if (M::dtype == FC_BOOL) {
-                    const uint32_t bits = bits_of_bytes(x[k]);
-                    *(uint16_t *)(tile + bits_of_row(r) + 2 * piece) = (uint16_t)bits;
-                    any |= bits != 0;
-                } else {
-                    any |= 0 * EACH < keys && shows_any<M>(x[k].x);
-                    any |= 1 * EACH < keys && shows_any<M>(x[k].y);
-                    any |= 2 * EACH < keys && shows_any<M>(x[k].z);
-                    any |= 3 * EACH < keys && shows_any<M>(x[k].w);
-                }
-            }
-            if (M::dtype != FC_BOOL && __any_sync(0xffffffffu, any)) return true;
-        }
-        return __any_sync(0xffffffffu, any);
     }
 
-    /* s in natural units = unit * s + the mask, where it is of floats; visible() tells the rest. For a warp whose
-     * sixteen rows begin with the tile's row first_row. */
+    /* And looks at what the tile shows. */
+    template <class M> __device__ __forceinline__ shown look(const uint8_t *tile, int row, int key) const
+    {
+        if (M::dtype == FC_BOOL) return look_at_bools(tile);
+        constexpr int EACH = 4 / (int)sizeof(typename M::element), PIECES = BLOCK_N / (4 * EACH); /* at most 32 a row */
+        const int lane = threadIdx.x % 32, piece = lane % PIECES;
+        const int rows = min(params.by_row ? ROWS : 1, all.seqlen_q - row),
+                  keys = all.seqlen_k - key - 4 * EACH * piece;
+        bool any = false;
+#pragma unroll 1
+        for (int i = lane / PIECES; __any_sync(0xffffffffu, i < rows); i += 32 / PIECES) {
+            if (i < rows) {
+                const uint4 x = *(const uint4 *)(tile + place<M>(i, piece));
+                any |= 0 * EACH < keys && shows_any<M>(x.x);
+                any |= 1 * EACH < keys && shows_any<M>(x.y);
+                any |= 2 * EACH < keys && shows_any<M>(x.z);
+                any |= 3 * EACH < keys && shows_any<M>(x.w);
+            }
+            if (__any_sync(0xffffffffu, any)) return shown::some;
+        }
+        return shown::none;
+    }
+
+    /* The same of bools. Past the ends they are false, which at worst hides from us that the tile shows all. */
+    __device__ __forceinline__ shown look_at_bools(const uint8_t *tile) const
+    {
+        constexpr int PIECES = BLOCK_N / 16, AT_ONCE = 32 / PIECES; /* of a row; rows of a warp */
+        const int lane = threadIdx.x % 32, piece = lane % PIECES;
+        uint32_t any = 0, ones = 0x01010101; /* a true one that is not 1 only costs time */
+        const auto take = [&](int row) {
+            const uint4 x = *(const uint4 *)(tile + place<boolean>(row, piece));
+            any |= x.x | x.y | x.z | x.w;
+            ones &= x.x & x.y & x.z & x.w;
+        };
+        if (params.by_row) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i += AT_ONCE) take(lane / PIECES + i);
+        } else {
+            take(0);
+        }
+        if (!__any_sync(0xffffffffu, any != 0)) return shown::none;
+        return __all_sync(0xffffffffu, ones == 0x01010101) ? shown::all : shown::some;
+    }
+
+    /* s in natural units = unit * s + the mask, where it is of floats. For a warp whose sixteen rows begin with the
+     * tile's row first_row. */
     __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, const uint8_t *tile, int first_row) const
     {
         const int lane = threadIdx.x % 32;
@@ -188,16 +191,20 @@ template <class T, int ROWS> struct mask_tiles {
         }
     }
 
-    /* A bit for each of the numbers of this thread's row g + 8 r: whether a bool mask shows it. */
-    __device__ __forceinline__ uint32_t visible(const uint8_t *tile, int first_row, int r) const
+    /* Hides what a tile of bools hides, for the same warp. */
+    __device__ __forceinline__ void hide(float (&s)[BLOCK_N / 2], const uint8_t *tile, int first_row) const
     {
-        if (mask.dtype != FC_BOOL) return 0xffffffffu;
         const int lane = threadIdx.x % 32;
-        const auto *words = (const uint32_t *)(tile + bits_of_row(params.by_row ? first_row + lane / 4 + 8 * r : 0));
-        uint32_t bits = 0;
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 32; i++) bits |= own_columns(words[i], lane % 4) << 8 * i;
-        return bits;
+        for (int r = 0; r < 2; r++) {
+            const uint32_t from = place<boolean>(params.by_row ? first_row + lane / 4 + 8 * r : 0, 0) + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 8; i++) {
+                const uint32_t two = *(const uint16_t *)(tile + (from ^ 16 * (i / 2)) + i % 2 * 8);
+                if ((two & 0x00ff) == 0) s[4 * i + 2 * r] = -INFINITY;
+                if ((two & 0xff00) == 0) s[4 * i + 2 * r + 1] = -INFINITY;
+            }
+        }
     }
 
   private:
@@ -208,16 +215,10 @@ template <class T, int ROWS> struct mask_tiles {
     static constexpr int SLAB_BYTES = ROWS * 128; /* where there is more than one */
     template <class M> static constexpr int COLUMNS = mask_slab_bytes(M::dtype) / (int)sizeof(typename M::element);
 
-    __device__ __forceinline__ int num_rows() const { return params.by_row ? ROWS : 1; }
-
     template <class M> static __device__ __forceinline__ uint32_t place(int row, int piece)
     {
-        if (mask_slab_bytes(M::dtype) < 128) return (uint32_t)(row * mask_slab_bytes(M::dtype) + 16 * piece);
+        if (mask_slab_bytes(M::dtype) == 64) return (uint32_t)(row * 64 + 16 * (piece ^ row / 2 % 4));
         return (uint32_t)(piece / 8 * SLAB_BYTES + row * 128 + 16 * (piece % 8 ^ row % 8));
-    }
-    static __device__ __forceinline__ uint32_t bits_of_row(int row)
-    {
-        return (uint32_t)(ROWS * BLOCK_N + row * (BLOCK_N / 8));
     }
 
     /* Words of 32 bits, of a number or more; some rows' loads before their stores. Rows past the end are the last. */
@@ -227,10 +228,11 @@ template <class T, int ROWS> struct mask_tiles {
         using element = typename M::element;
         constexpr int EACH = 4 / (int)sizeof(element), WORDS = BLOCK_N / EACH, PER_LANE = (WORDS + 31) / 32;
         constexpr int AT_ONCE = ROWS < 64 ? 4 : 1; /* of 64 rows that differ there is an aligned copy */
+        const int num_rows = params.by_row ? ROWS : 1;
         const int lane = threadIdx.x % 32, last = all.seqlen_q - 1, keys = min(BLOCK_N, all.seqlen_k - key);
         const auto *from = row_of<const element>(mask, work.batch, work.head, 0) + key * mask.strides[3];
 #pragma unroll 1
-        for (int i = 0; i < num_rows(); i += AT_ONCE) {
+        for (int i = 0; i < num_rows; i += AT_ONCE) {
             element each[AT_ONCE][PER_LANE][EACH];
 #pragma unroll
             for (int r = 0; r < AT_ONCE; r++) {
@@ -249,7 +251,7 @@ template <class T, int ROWS> struct mask_tiles {
 #pragma unroll
                 for (int w = 0; w < PER_LANE; w++) {
                     const int word = lane + 32 * w;
-                    if (i + r < num_rows() && word < WORDS)
+                    if (i + r < num_rows && word < WORDS)
                         memcpy(tile + place<M>(i + r, word / 4) + word % 4 * 4, each[r][w], 4);
                 }
             }

@@ -18,7 +18,7 @@
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
  *     mask_come[w][stage]    its copies                                              w's copying warp may look at it
- *     mask_full[w][stage]    every lane of warpgroup w's copying warp                its rows of attn_mask may be read
+ *     mask_full[w][stage]    warpgroup w's copying warp                              its rows of attn_mask may be read
  *     mask_empty[w][stage]   every warp of warpgroup w                               they may be overwritten
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
  */
@@ -52,7 +52,6 @@ static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
 /* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
  * warpgroup keeps some, and the others share the rest. To look for keys that a mask shows takes more than to copy. */
-constexpr bool HAS_MASKS = MASK == mask_class::general;
 constexpr int PRODUCER_REGISTERS = HAS_MASKS         ? (WARPGROUPS == 2 ? 72 : 80)
                                    : WARPGROUPS == 2 ? 40
                                    : WARPGROUPS == 3 ? 32
@@ -63,10 +62,10 @@ constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGR
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
-constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 256;
-constexpr int MASK_STAGES = 2, MASK_BYTES = HAS_MASKS ? fc::MASK_TILE_BYTES<64> : 16;
-constexpr int ALL_MASK_BYTES = WARPGROUPS * MASK_STAGES * MASK_BYTES;
-constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - ALL_MASK_BYTES;
+constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 512;
+constexpr int MASK_BYTES = HAS_MASKS ? fc::mask_tile_bytes<64>(FC_FLOAT32) : 16; /* a warpgroup's */
+constexpr int MASK_STAGES = 4;                                                   /* of bools, the smallest */
+constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
 constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES <= ROOM ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (ROOM - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
 constexpr int VALUE_STAGES = STAGES_THAT_FIT < 4 ? STAGES_THAT_FIT : 4;
@@ -82,9 +81,9 @@ struct shared_memory {
     alignas(1024) T::element query[QUERY_STAGES][SLABS][BLOCK_M][64];
     alignas(1024) T::element key[KEY_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
-    alignas(1024) uint8_t mask[WARPGROUPS][MASK_STAGES][MASK_BYTES];
+    alignas(1024) uint8_t mask[WARPGROUPS][MASK_BYTES];
     int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
-    bool mask_shows[WARPGROUPS][MASK_STAGES];               /* with mask: any of the tile's keys */
+    fc::shown mask_shows[WARPGROUPS][MASK_STAGES];          /* with mask: of the tile's keys */
     uint64_t query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
@@ -109,10 +108,20 @@ constexpr bool TAKES_TURNS = WARPGROUPS > 2;
 
 using mask_tiles = fc::mask_tiles<T, 64>;
 
-/* A tile of a float32 mask takes two stages' room. */
+/* As many tiles of a mask as fit: MASK_STAGES of bools, two of 16-bit numbers, one of float32. */
 static __host__ __device__ constexpr int num_mask_stages(int dtype)
 {
-    return dtype == FC_FLOAT32 ? MASK_STAGES / 2 : MASK_STAGES;
+    return MASK_BYTES / fc::mask_tile_bytes<64>(dtype);
+}
+static __device__ __forceinline__ uint8_t *mask_tile(shared_memory &smem, int warpgroup, int stage, int dtype)
+{
+    return smem.mask[warpgroup] + stage * fc::mask_tile_bytes<64>(dtype);
+}
+
+/* One lane arrives for its warp, except at a mask that lanes copied: racecheck does not see that a warp is in step. */
+static __device__ __forceinline__ bool each_tells(const forward_params &params)
+{
+    return HAS_MASKS && !params.mask->is_mapped;
 }
 
 /* Where a role stands in a ring of stages. */
@@ -139,7 +148,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     fc::tile_work work = {};
     const auto load_query = [&] {
         mbarrier_wait(at(smem.query_empty[queries.stage]), queries.phase ^ 1);
-        if (MASK == mask_class::general) {
+        if (HAS_MASKS) {
             smem.first_shown[queries.stage] = work.first;
             smem.end_shown[queries.stage] = work.end;
         }
@@ -149,9 +158,9 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     };
     for (; fc::next_tile(params.schedule, turn, work); first = false) {
         if (work.first == work.end) continue; /* the rows see no key */
-        if (MASK == mask_class::general) {
+        if (HAS_MASKS) {
             __syncwarp();
-            shown.narrow(work, params.args.attn_mask, params.schedule);
+            shown.narrow(work, params.args.attn_mask, *params.mask, params.schedule);
             if (threadIdx.x % 32 != 0) continue;
         }
         if (work.first == work.end) load_query();
@@ -180,7 +189,7 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
     uint32_t turn = 0;
     fc::tile_work work;
     while (fc::next_tile(params.schedule, turn, work)) {
-        if (work.first < work.end) shown.narrow(work, params.args.attn_mask, params.schedule);
+        if (work.first < work.end) shown.narrow(work, params.args.attn_mask, *params.mask, params.schedule);
         const fc::rows_view view(params.schedule, work, warpgroup);
         const int row = work.row + 64 * warpgroup;
         int next = view.end - 1; /* to be started */
@@ -189,14 +198,16 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
                 const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
                 if (next < j && !__all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1))) break;
                 mbarrier_wait(empty, started.phase ^ 1);
-                tiles.template start<M>(smem.mask[warpgroup][started.stage],
+                tiles.template start<M>(mask_tile(smem, warpgroup, started.stage, M::dtype),
                                         at(smem.mask_come[warpgroup][started.stage]), work, row, next * BLOCK_N);
             }
             const int stage = finished.stage;
-            const bool shows = tiles.template finish<M>(
-                smem.mask[warpgroup][stage], at(smem.mask_come[warpgroup][stage]), finished.phase, row, j * BLOCK_N);
+            tiles.wait(at(smem.mask_come[warpgroup][stage]), finished.phase);
+            const fc::shown shows =
+                tiles.template look<M>(mask_tile(smem, warpgroup, stage, M::dtype), row, j * BLOCK_N);
             if (threadIdx.x % 32 == 0) smem.mask_shows[warpgroup][stage] = shows;
-            mbarrier_arrive(at(smem.mask_full[warpgroup][stage]));
+            __syncwarp();
+            if (threadIdx.x % 32 == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_full[warpgroup][stage]));
         }
     }
 }
@@ -207,7 +218,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const fc_forward_args &args = params.args;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int thread_row = 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
-    const float unit = fc::unit_of_scores(args, params.options), unit_log2 = unit * fc::LOG2_E;
+    const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
 
     const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][0][64 * warpgroup]), BLOCK_M * 128);
     const uint64_t key = fc::tile_descriptor(shared_address(smem.key), BLOCK_N * 128);
@@ -243,7 +254,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::multiply_q_k(s, fc::advance(query, queries.stage * QUERY_BYTES), fc::advance(key, keys.stage * KEY_BYTES));
     };
     const auto start_p_v = [&] { fc::multiply_p_v(out, p, fc::advance(value, values.stage * KEY_BYTES)); };
-    const auto multiply_both = [&] {
+    const auto start_both = [&] {
         wait_for(smem.key_full, keys);
         wait_for(smem.value_full, values);
         wait_turn();
@@ -252,6 +263,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         start_q_k();
         start_p_v();
         end_turn();
+    };
+    const auto multiply_both = [&] {
+        start_both();
         fc::wgmma_wait<0>();
         fc::hold(s);
         fc::hold(out);
@@ -264,7 +278,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::wgmma_fence();
         start_q_k();
         end_turn();
-        if (MASK != mask_class::general) { /* now, while the product runs */
+        if (!HAS_MASKS) { /* now, while the product runs */
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
         }
@@ -302,7 +316,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     while (fc::next_tile(params.schedule, turn, work)) {
         const bool has_query = work.first < work.end;
         if (has_query) wait_for(smem.query_full, queries);
-        if (has_query && MASK == mask_class::general) {
+        if (has_query && HAS_MASKS) {
             work.first = __shfl_sync(0xffffffffu, smem.first_shown[queries.stage], 0);
             work.end = __shfl_sync(0xffffffffu, smem.end_shown[queries.stage], 0);
         }
@@ -315,53 +329,73 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
         int j = work.end - 1;
 
-        if constexpr (MASK == mask_class::general) {
+        if constexpr (HAS_MASKS) {
             /* Scores as options make them; a tile that the mask hides from all 64 rows is let go unread, too. */
             const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, tiles, work, row);
+            fc::shown shows = fc::shown::all;
             const auto sees = [&] {
                 if (!has_mask) return true;
                 wait_for(smem.mask_full[warpgroup], masks);
-                return __shfl_sync(0xffffffffu, smem.mask_shows[warpgroup][masks.stage], 0) != 0;
+                if (lane == 0) shows = smem.mask_shows[warpgroup][masks.stage];
+                shows = fc::shown(__shfl_sync(0xffffffffu, int(shows), 0));
+                return shows != fc::shown::none;
             };
             const auto let_go_mask = [&] {
                 if (!has_mask) return;
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive(at(smem.mask_empty[warpgroup][masks.stage]));
+                if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_empty[warpgroup][masks.stage]));
                 masks.next(num_mask_stages(args.attn_mask.dtype));
             };
-            const auto weigh = [&] {
+            /* pending: p.v of the tile before, which goes on under the options and the search for the maximum. */
+            const auto weigh = [&](auto pending) {
                 const bool is_cut = j >= view.end_whole || j < view.first_whole;
-                options.apply(s, j, is_cut, smem.mask[warpgroup][masks.stage], 16 * warp);
+                options.apply(s, j, is_cut, shows, mask_tile(smem, warpgroup, masks.stage, args.attn_mask.dtype),
+                              16 * warp);
                 let_go_mask();
-                softmax.step<T>(s, p, out, unit_log2);
+                if (MASK != mask_class::general && !pending) softmax.take_reference(s);
+                softmax.step<T>(s, p, out, unit_log2, [&] {
+                    fc::wgmma_wait<0>();
+                    fc::hold(out);
+                    fc::hold(p);
+                    if (pending) let_go(smem.value_empty, values);
+                });
+            };
+            const auto start_next = [&] {
+                if (--j < view.first || !sees()) return false;
+                start_both();
+                fc::wgmma_wait<1>();
+                fc::hold(s);
+                let_go(smem.key_empty, keys);
+                return true;
             };
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
 #pragma unroll 1
             for (; j >= max(view.end, work.first); j--) pass_key(), pass_value();
-            bool pending = false; /* p.v of the tile before */
 #pragma unroll 1
-            for (; j >= view.first; j--) {
-                if (sees()) {
-                    if (pending) {
-                        multiply_both();
-                    } else {
-                        multiply_first();
-                    }
-                    pending = true;
-                    weigh();
-                } else {
-                    if (pending) multiply_last([] {});
-                    pending = false;
+            while (j >= view.first) {
+                if (!sees()) {
                     pass_key(), pass_value();
                     let_go_mask();
+                    j--;
+                    continue;
                 }
+                multiply_first();
+                if constexpr (MASK == mask_class::general) { /* once: twice so much code outgrows its cache */
+                    bool pending = false;
+#pragma unroll 1
+                    do {
+                        weigh(pending);
+                        pending = start_next();
+                    } while (pending);
+                } else {
+                    weigh(no);
+#pragma unroll 1
+                    while (start_next()) weigh(yes);
+                }
+                multiply_last([] {});
             }
-            if (pending) {
-                multiply_last(finish);
-            } else {
-                finish();
-            }
+            finish();
 #pragma unroll 1
             for (; j >= work.first; j--) pass_key(), pass_value();
             if (has_query) let_go(smem.query_empty, queries);
@@ -376,7 +410,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                         fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
                 }
                 if constexpr (is_first) softmax.take_reference(s);
-                softmax.step<T>(s, p, out, unit_log2);
+                softmax.step<T>(s, p, out, unit_log2, [] {});
             };
             const auto step = [&](auto masked) {
                 multiply_both();
@@ -440,8 +474,8 @@ static __global__ __launch_bounds__(THREADS,
         for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
             for (int stage = 0; stage < MASK_STAGES; stage++) {
                 mbarrier_init(at(smem.mask_come[w][stage]), 1);
-                mbarrier_init(at(smem.mask_full[w][stage]), 32);
-                mbarrier_init(at(smem.mask_empty[w][stage]), 4);
+                mbarrier_init(at(smem.mask_full[w][stage]), each_tells(params) ? 32 : 1);
+                mbarrier_init(at(smem.mask_empty[w][stage]), each_tells(params) ? 128 : 4);
             }
         }
         fence_mbarrier_init();

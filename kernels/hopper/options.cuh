@@ -30,15 +30,10 @@ struct option_params {
 };
 
 /* Scores stay in units of scale, which the exponential's factor takes in, unless something is added to them. */
-__device__ __forceinline__ bool are_natural(const fc_forward_args &args, const option_params &options)
+constexpr bool NATURAL = MASK == mask_class::general;
+__device__ __forceinline__ float unit_of_scores(const option_params &options)
 {
-    if (MASK != mask_class::general) return false;
-    const bool adds_bias = args.attn_mask.dtype != FC_NONE && args.attn_mask.dtype != FC_BOOL;
-    return options.softcap != 0 || adds_bias || !(options.scale > 0) || args.alibi_slopes.dtype != FC_NONE;
-}
-__device__ __forceinline__ float unit_of_scores(const fc_forward_args &args, const option_params &options)
-{
-    return are_natural(args, options) ? 1 : options.scale;
+    return NATURAL ? 1 : options.scale;
 }
 
 /* Of a thread's two rows in one tile of the output. MaskTiles: mask_tiles. */
@@ -51,24 +46,23 @@ template <class T, class MaskTiles> struct score_options {
         if (args.alibi_slopes.dtype != FC_NONE) slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
-    /* is_cut: the band or the end of the keys hides some of the tile. mask, first_row: as mask_tiles' add() takes. */
-    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, const uint8_t *mask,
-                                          int first_row) const
+    /* is_cut: the band or the end of the keys hides some of the tile. shows: what the mask does, whose mask and
+     * first_row are as mask_tiles' add() takes them. */
+    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, shown shows,
+                                          const uint8_t *mask, int first_row) const
     {
         const int column = tile * BLOCK_N + threadIdx.x % 4 * 2;
-        if (options.softcap != 0) {
+        if (NATURAL && options.softcap != 0) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
         }
-        if (are_natural(args, options)) masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
-        if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
-        if (!is_cut && args.attn_mask.dtype != FC_BOOL) return;
+        if (NATURAL) masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
+        if (NATURAL && args.alibi_slopes.dtype != FC_NONE)
+            take_distance(s, slope, (float)(column - row - options.diagonal));
+        if (args.attn_mask.dtype == FC_BOOL && shows != shown::all) masks.hide(s, mask, first_row);
+        if (!is_cut) return;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            uint32_t visible = masks.visible(mask, first_row, r);
-            if (is_cut) visible &= visible_columns(all, row, column, r);
-            if (!__all_sync(0xffffffffu, are_all_visible(visible))) hide(s, r, visible);
-        }
+        for (int r = 0; r < 2; r++) hide(s, r, visible_columns(all, row, column, r));
     }
 
   private:

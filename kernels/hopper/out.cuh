@@ -42,7 +42,7 @@ template <class T> struct out_rows {
             shows[r] = sum[r] != 0;
             at[r] = row_of<element>(args.out, work.batch, work.head, row + 8 * r);
         }
-        if (MASK == mask_class::general && args.sinks.dtype != FC_NONE) {
+        if (HAS_MASKS && args.sinks.dtype != FC_NONE) {
             const float sink = head_value<T>(args.sinks, work.batch, work.head);
 #pragma unroll
             for (int r = 0; r < 2; r++) {

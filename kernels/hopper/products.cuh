@@ -15,6 +15,8 @@ namespace fc {
 /* s = query @ key.T for 64 rows and a tile of keys. */
 __device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK_N / 2], uint64_t query, uint64_t key)
 {
+    /* Where there are masks, no register is left for query's descriptors, advanced, from one tile to the next. */
+    if (HAS_MASKS) asm volatile("" : "+l"(query));
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
         const uint64_t q = advance(query, d / 64 * BLOCK_M * 128 + d % 64 * 2);

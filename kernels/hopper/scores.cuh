@@ -34,12 +34,6 @@ __device__ __forceinline__ uint32_t visible_columns(const schedule &all, int row
     return columns_below(min(end, corner + all.band_right + 1)) & ~columns_below(corner + all.band_left);
 }
 
-/* Of one row's numbers in this thread. */
-__device__ __forceinline__ bool are_all_visible(uint32_t visible)
-{
-    return visible << (32 - BLOCK_N / 4) == 0xffffffffu << (32 - BLOCK_N / 4);
-}
-
 /* visible: a bit for each of the row's numbers in this thread. */
 __device__ __forceinline__ void hide(float (&s)[BLOCK_N / 2], int r, uint32_t visible)
 {

@@ -12,6 +12,7 @@
 #include "common/offsets.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
+#include "hopper/attn_mask.cuh"
 #include "hopper/schedule.cuh"
 
 namespace fc {
@@ -27,10 +28,11 @@ template <class T> struct shown_keys {
     const void *row = nullptr; /* of which the following is known */
     int first = 0, end = 0;    /* keys */
 
-    __device__ __forceinline__ void narrow(tile_work &work, const fc_tensor &mask, const schedule &all)
+    __device__ __forceinline__ void narrow(tile_work &work, const fc_tensor &mask, const mask_params &params,
+                                           const schedule &all)
     {
-        if (mask.dtype == FC_NONE || (mask.strides[2] != 0 && all.seqlen_q > 1)) return;
-        if (mask.dtype == FC_BOOL) {
+        if (mask.dtype == FC_NONE || params.by_row) return;
+        if (MASK == mask_class::unbiased || mask.dtype == FC_BOOL) {
             find<boolean>(work, mask, all);
         } else if (mask.dtype == FC_FLOAT32) {
             find<float32>(work, mask, all);

@@ -11,7 +11,7 @@
  * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
  *
  * General calls take the classical step always: a bias often leaves a row one key, whose weight must then be 1 to the
- * last bit, as only the maximum's own is.
+ * last bit, as only the maximum's own is. (To a row with one key in a mask of bools that key is the reference.)
  */
 #ifndef FC_HOPPER_SOFTMAX_CUH
 #define FC_HOPPER_SOFTMAX_CUH
@@ -58,12 +58,14 @@ struct online_softmax {
     /*
      * A tile's scores to weights. unit_log2 is (the unit of s) * log2(e), positive. Scores of float32's finfo.min, from
      * a mask, are no harm: their product is -inf, unless they are the row's reference, which then is not small.
+     * settle(): called before p and out are touched, which a product may use until then.
      */
-    template <class T, int COUNT, int OUT>
+    template <class T, int COUNT, int OUT, class Settle>
     __device__ __forceinline__ void step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
-                                         float unit_log2)
+                                         float unit_log2, Settle settle)
     {
-        if constexpr (MASK == mask_class::general) return step_with_maximum<T>(s, p, out, unit_log2);
+        if constexpr (MASK == mask_class::general) return step_with_maximum<T>(s, p, out, unit_log2, settle);
+        settle();
         float tile_sum[2];
         weigh<T, false>(s, p, tile_sum, reference, unit_log2);
         /* False for NaN, too, and for a row that has seen nothing, whose reference is -inf. */
@@ -72,15 +74,15 @@ struct online_softmax {
             sum[0] += tile_sum[0];
             sum[1] += tile_sum[1];
         } else {
-            step_with_maximum<T>(s, p, out, unit_log2);
+            step_with_maximum<T>(s, p, out, unit_log2, [] {});
         }
     }
 
   private:
     /* The classical step. */
-    template <class T, int COUNT, int OUT>
+    template <class T, int COUNT, int OUT, class Settle>
     __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
-                                                      float (&out)[OUT], float unit_log2)
+                                                      float (&out)[OUT], float unit_log2, Settle settle)
     {
         float next[2], finite[2], tile_sum[2];
 #pragma unroll
@@ -94,14 +96,18 @@ struct online_softmax {
             next[r] = fmaxf(reference[r], quad_max(fmaxf(even, odd)));
             finite[r] = next[r] == -INFINITY ? 0.0f : next[r]; /* so that -inf - -inf hides, too */
         }
-        if (__any_sync(0xffffffffu, next[0] != reference[0] || next[1] != reference[1])) {
-            float shrink[2];
+        const bool grows = __any_sync(0xffffffffu, next[0] != reference[0] || next[1] != reference[1]);
+        float shrink[2];
+        if (grows) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 shrink[r] = ex2_approx_ftz((reference[r] - finite[r]) * unit_log2);
                 sum[r] *= shrink[r];
                 reference[r] = next[r];
             }
+        }
+        settle();
+        if (grows) {
 #pragma unroll
             for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
         }

@@ -40,7 +40,7 @@ static cudaError_t find_tensor_map_encoder(tensor_map_encoder *encoder)
     return cudaSuccess;
 }
 
-/* What one copy moves: rows of up to 128 bytes, and if of so many, swizzled. */
+/* What one copy moves: rows of 64 or 128 bytes, swizzled as widely. */
 struct tensor_box {
     int row_bytes, rows;
 };
@@ -67,7 +67,7 @@ static cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, in
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     const CUresult result =
         encode(map, type, 4, tensor.data, sizes, stride_bytes, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               box.row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+               box.row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

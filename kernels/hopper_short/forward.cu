@@ -45,17 +45,15 @@ using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
 constexpr int WARPGROUPS = THREADS / 128;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
-constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, MASK == mask_class::general) / WARPGROUPS;
+constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, HAS_MASKS) / WARPGROUPS;
 
 /* As many tiles of keys and values as fit beside query. */
 constexpr int SMEM_BYTES = 227 * 1024;
 constexpr int MOST_TILES = (SMEM_BYTES - 1024 - QUERY_BYTES) / (2 * KEY_BYTES);
 
-/* Each warp copies its own sixteen rows of a mask, one tile at a time, of float32 at the most. */
+/* Each warp copies its own sixteen rows of a mask, one tile at a time. */
 using mask_tiles = fc::mask_tiles<T, 16>;
-constexpr int MASK_BYTES = MASK == mask_class::general ? 2 * fc::MASK_TILE_BYTES<16> : 0;
 static_assert(sizeof(fc::part) % 1024 == 0, "the swizzle goes by eight rows");
-static_assert(MASK_BYTES == (MASK == mask_class::general ? FC_HOPPER_SHORT_MASK_BYTES(BLOCK_N) : 0), "the planner's");
 
 struct key_and_value {
     T::element key[SLABS][BLOCK_N][64], value[SLABS][BLOCK_N][64];
@@ -72,10 +70,10 @@ struct forward_params {
     fc_forward_args args;
     fc::schedule schedule;
     fc::option_params options;
-    fc::fast_divisor by_splits; /* blocks of a cluster */
-    int parts_offset;           /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
-    int mask_offset;            /* and behind these, of a general call: [warps][MASK_BYTES] */
-    fc::mask_params mask[MASK == mask_class::general]; /* none elsewhere: 64 bytes cost time (launch.cuh) */
+    fc::fast_divisor by_splits;      /* blocks of a cluster */
+    int parts_offset;                /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
+    int mask_offset;                 /* and behind these, of a mask: a tile of each warp */
+    fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes cost time (launch.cuh) */
 };
 
 /* Asks for everything, in the order of its use, by one thread of the warp: what several ask for at once arrives in any
@@ -118,15 +116,14 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             mbarrier_init(at(smem.value_full[i]), 1);
         }
         mbarrier_init(at(smem.parts_full), 1);
-        if (MASK == mask_class::general)
+        if (HAS_MASKS)
             for (int w = 0; w < THREADS / 32; w++) mbarrier_init(at(smem.mask_come[w]), 1);
         fence_mbarrier_init();
         if (num_splits > 1 && rank == 0)
             mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
-    if (MASK == mask_class::general && threadIdx.x == 96 && params.mask->is_mapped)
-        prefetch_tensormap(&params.mask->map);
+    if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
     /* Gains 2 to 5% where a tile has 128 keys, and costs up to 10% where it has 64. */
     if (BLOCK_N == 128 && threadIdx.x == 64) fc::prefetch_keys(params, work);
     __syncthreads();
@@ -136,7 +133,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     __syncwarp();
 
     const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
-    const float unit = fc::unit_of_scores(args, params.options), unit_log2 = unit * fc::LOG2_E;
+    const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
     const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][64 * warpgroup]), BLOCK_M * 128);
     const uint64_t key = fc::tile_descriptor(shared_address(smem.tiles[0].key), BLOCK_N * 128);
     const uint64_t value = fc::tile_descriptor(shared_address(smem.tiles[0].value), BLOCK_N * 128);
@@ -156,7 +153,8 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     };
     /* q.k of tile j in s -> weights in p. */
     const mask_tiles masks(args.attn_mask, *params.mask, params.schedule);
-    uint8_t *const mask = dynamic_shared() + params.mask_offset + threadIdx.x / 32 * MASK_BYTES;
+    uint8_t *const mask =
+        dynamic_shared() + params.mask_offset + threadIdx.x / 32 * fc::mask_tile_bytes<16>(args.attn_mask.dtype);
     const uint32_t mask_come = at(smem.mask_come[threadIdx.x / 32]);
     uint32_t mask_phase = 0;
     const int first_row = work.row + 64 * warpgroup + 16 * warp; /* of the warp */
@@ -166,18 +164,16 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             [&](auto m) { masks.template start<decltype(m)>(mask, mask_come, work, first_row, tile * BLOCK_N); });
     };
     const auto finish_mask = [&] {
-        if (args.attn_mask.dtype == FC_NONE) return;
-        masks.with_dtype(
-            [&](auto m) { masks.template finish<decltype(m)>(mask, mask_come, mask_phase, first_row, j * BLOCK_N); });
+        if (args.attn_mask.dtype == FC_NONE) return fc::shown::all;
+        masks.wait(mask_come, mask_phase);
         mask_phase ^= 1;
-        __syncwarp();
+        return args.attn_mask.dtype == FC_BOOL ? masks.look_at_bools(mask) : fc::shown::some;
     };
     const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, masks, work, row);
     const auto weigh = [&](auto is_first) {
         const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
-        if constexpr (MASK == mask_class::general) {
-            finish_mask();
-            options.apply(s, j, is_cut, mask, 0);
+        if constexpr (HAS_MASKS) {
+            options.apply(s, j, is_cut, finish_mask(), mask, 0);
             __syncwarp();
             if (j > view.first) start_mask(j - 1);
         } else if (is_cut) {
@@ -186,13 +182,13 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
                 fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
         }
         if constexpr (is_first && MASK != mask_class::general) softmax.take_reference(s);
-        softmax.step<T>(s, p, out, unit_log2);
+        softmax.step<T>(s, p, out, unit_log2, [] {});
     };
 
     fc::out_rows<T> rows;
     const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
     if (view.first < view.end) {
-        if (MASK == mask_class::general) start_mask(j);
+        if (HAS_MASKS) start_mask(j);
         mbarrier_wait(at(smem.query_full), 0);
         start_q_k();
         fc::wgmma_wait<0>();
@@ -240,13 +236,13 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
     const int share = (num_tiles + num_splits - 1) / num_splits;
     const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
     const int mask_offset = parts_offset + (num_splits - 1) * (int)sizeof(fc::part);
-    const int smem_bytes = mask_offset + THREADS / 32 * MASK_BYTES;
+    const int smem_bytes = mask_offset + THREADS / 32 * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
     const fc::schedule schedule(*args, *plan);
     forward_params params = {
         {},           {},          {}, *args, schedule, fc::option_params(*args), fc::fast_divisor(num_splits),
         parts_offset, mask_offset, {}};
     cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
-    if (error == cudaSuccess && MASK == mask_class::general) error = fc::make_mask_params(params.mask, *args, 16);
+    if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, *args, 16);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(
         {plan->num_blocks, THREADS, smem_bytes, SMEM_BYTES, plan->num_splits, true}, stream, params);

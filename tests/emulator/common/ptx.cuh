@@ -94,10 +94,10 @@ inline bool mbarrier_test(uint32_t barrier, uint32_t parity)
     return (emulator_mbarriers.at(barrier).phase & 1) != parity;
 }
 
-/* Of 128 bytes: a 16-byte piece's place in its row, by the row. */
-inline uint32_t emulator_swizzle(uint32_t address)
+/* Of rows of 128 bytes, or 64: a 16-byte piece's place in its row, by the row. */
+inline uint32_t emulator_swizzle(uint32_t address, int row_bytes = 128)
 {
-    return address ^ (address >> 3 & 0x70);
+    return address ^ (address >> 3 & (row_bytes == 128 ? 0x70 : 0x30));
 }
 inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier, int column, int row,
                                  int head, int batch)
@@ -112,8 +112,8 @@ inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32
                 inside &= 0 <= at[i] && at[i] < map->sizes[i];
                 offset += at[i] * map->strides[i];
             }
-            uint32_t to = target + (uint32_t)(map->box_bytes * r + map->number_bytes * c);
-            if (map->box_bytes == 128) to = emulator_swizzle(to);
+            const uint32_t to =
+                emulator_swizzle(target + (uint32_t)(map->box_bytes * r + map->number_bytes * c), map->box_bytes);
             memset(dynamic_smem + to, 0, (size_t)map->number_bytes);
             if (inside) memcpy(dynamic_smem + to, map->data + offset, (size_t)map->number_bytes);
         }
