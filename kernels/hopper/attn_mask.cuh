@@ -5,8 +5,8 @@
  *     of a bool mask with BLOCK_N 64 [ROWS, 64 bytes]: in place c ^ row / 2 % 4
  *
  * Where all rows are the same, as in a padding mask, there is one. A warp brings a tile, some time ahead of its use,
- * and then looks through it for keys that it shows: a tile without any is not multiplied, and one of bools that shows
- * all is not looked at again.
+ * and then looks through it for keys that it shows: one of bools that shows all is not looked at again, and in the long
+ * kernels one without any is not multiplied.
  *
  * The trick is the swizzle: ldmatrix finds the pieces of eight rows in all 32 banks, and gives a thread the
  * numbers of its own scores, two rows g and g + 8 and the key pairs 8 i + 2 t, 8 i + 2 t + 1 (wgmma.cuh). Nothing is
@@ -51,6 +51,7 @@ struct mask_params {
 };
 
 /* Of a row of a slab. */
+static_assert(!HAS_MASKS || BLOCK_N == 64 || BLOCK_N == 128, "the copy engine's swizzles");
 static constexpr int mask_slab_bytes(int dtype)
 {
     return dtype == FC_BOOL && BLOCK_N < 128 ? BLOCK_N : 128;
@@ -131,7 +132,8 @@ template <class T, int ROWS> struct mask_tiles {
         return shown::none;
     }
 
-    /* The same of bools. Past the ends they are false, which at worst hides from us that the tile shows all. */
+    /* The same of bools. Past the end keys are false, and rows false or as the last, which at worst hides from us that
+     * the tile shows all. */
     __device__ __forceinline__ shown look_at_bools(const uint8_t *tile) const
     {
         constexpr int PIECES = BLOCK_N / 16, AT_ONCE = 32 / PIECES; /* of a row; rows of a warp */

@@ -9,7 +9,9 @@
  * one more warp for each of them copies its rows of that.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
- * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products.
+ * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. In rows
+ * with masks it waits for q.k alone, and for p.v only before out and the weights are touched; general ones do need the
+ * maximum, and look for it meanwhile.
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
@@ -20,6 +22,7 @@
  *     mask_come[w][stage]    its copies                                              w's copying warp may look at it
  *     mask_full[w][stage]    warpgroup w's copying warp                              its rows of attn_mask may be read
  *     mask_empty[w][stage]   every warp of warpgroup w                               they may be overwritten
+ *                            (of these two, every lane where lanes copied the mask: each_tells)
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
  */
 #include <cuda.h>
@@ -49,6 +52,7 @@ using T = fc::FC_DTYPE;
 /* One warpgroup for the copies, the others compute. */
 constexpr int WARPGROUPS = THREADS / 128 - 1;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
+static_assert(!HAS_MASKS || WARPGROUPS <= 3, "a copying warp for each, beside the one of query and keys");
 
 /* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
  * warpgroup keeps some, and the others share the rest. To look for keys that a mask shows takes more than to copy. */

@@ -1,5 +1,5 @@
 /*
- * options.cuh - what the options of a general call make of a tile's q.k, before the softmax.
+ * options.cuh - what the options of an unbiased or general call make of a tile's q.k, before the softmax.
  *
  *     score = softcap(scale * q.k) + attn_mask - slope * |key - row - diagonal|
  *
@@ -46,8 +46,8 @@ template <class T, class MaskTiles> struct score_options {
         if (args.alibi_slopes.dtype != FC_NONE) slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
-    /* is_cut: the band or the end of the keys hides some of the tile. shows: what the mask does, whose mask and
-     * first_row are as mask_tiles' add() takes them. */
+    /* is_cut: the band or the end of the keys hides some of the tile. shows: what attn_mask leaves of it. mask,
+     * first_row: as mask_tiles::add() takes them. */
     __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, shown shows,
                                           const uint8_t *mask, int first_row) const
     {

@@ -5,8 +5,9 @@
  *     query [BLOCK_M, head_dim], key [seqlen_k, head_dim], value [seqlen_k, head_dim_v] -> out [BLOCK_M, head_dim_v]
  *
  * A block computes one tile of BLOCK_M query rows, 64 a warpgroup. All that it needs is asked for at once, in the order
- * of its use, and never replaced; so there are no copying warps, and each barrier completes once. A
- * multiprocessor holds several blocks, and while one waits for its copies another computes.
+ * of its use, and never replaced, but for attn_mask, of which each warp brings its rows tile by tile; so there are no
+ * copying warps, and each barrier but mask_come completes once. A multiprocessor holds several blocks, and while one
+ * waits for its copies another computes.
  *
  * The trick is not to wait twice: a block is set up while the kernel before it in the stream still runs (dependent
  * launch), and where tiles are few, a cluster of blocks shares the keys of each and joins its parts of out through the
@@ -16,7 +17,7 @@
  *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read
  *     key_full[i]     its copies                              tile first + i of the keys may be read
  *     value_full[i]   its copies                              likewise, of the values
- *     mask_come[w]    its copies, for each tile           warp w's rows of attn_mask may be read
+ *     mask_come[w]    its copies, for each tile               warp w's rows of attn_mask may be read
  *     parts_full      the other blocks' stores                in block 0 of a cluster: all parts are there
  */
 #include <cuda.h>
