@@ -36,7 +36,6 @@ static inline uint64_t fc_mix(uint64_t mixed, uint64_t fact)
  * `return fc_fail(FC_INVALID, "...")`. */
 fc_status fc_fail(fc_status status, const char *format, ...) FC_PRINTF(2, 3);
 const char *fc_dtype_name(int32_t dtype); /* "float16"; "unknown" outside the enum */
-int32_t fc_dtype_bytes(int32_t dtype);    /* 0 outside the enum */
 
 /* check.c: applies every rule. On FC_OK, *problem is a full-size copy of *given with defaults filled
  * in, and *args is it resolved for a kernel. */

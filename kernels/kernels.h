@@ -42,11 +42,8 @@ typedef struct fc_forward_args {
     uint32_t keep_below;          /* a weight is kept where its random number is less */
 } fc_forward_args;
 
-/* Of a number of attn_mask. */
-static inline int64_t fc_mask_number_bytes(int32_t dtype)
-{
-    return dtype == FC_BOOL ? 1 : dtype == FC_FLOAT32 ? 4 : 2;
-}
+/* csrc/error.c: bytes of a number; 0 for FC_NONE and outside the enum. */
+int32_t fc_dtype_bytes(int32_t dtype);
 
 /* Whether Hopper's copy engine reads attn_mask where it lies: rows of neighbours, that begin at whole 16 bytes. */
 static inline bool fc_hopper_maps_mask(const fc_tensor *mask)
@@ -54,8 +51,7 @@ static inline bool fc_hopper_maps_mask(const fc_tensor *mask)
     if (mask->strides[3] != 1 || (uintptr_t)mask->data % 16 != 0) return false;
     for (int i = 0; i < 3; i++) {
         int64_t stride = mask->strides[i];
-        if (stride < 0 || stride >= (int64_t)1 << 37 || stride * fc_mask_number_bytes(mask->dtype) % 16 != 0)
-            return false;
+        if (stride < 0 || stride >= (int64_t)1 << 37 || stride * fc_dtype_bytes(mask->dtype) % 16 != 0) return false;
     }
     return true;
 }
@@ -76,7 +72,7 @@ static inline fc_mask_copy fc_mask_copy_of(const fc_forward_args *args)
     fc_mask_copy copy;
     copy.batch = mask->strides[0] == 0 ? 1 : args->batch;
     copy.heads = mask->strides[1] == 0 ? 1 : args->num_heads_q;
-    copy.row_bytes = (args->seqlen_k * fc_mask_number_bytes(mask->dtype) + 15) / 16 * 16;
+    copy.row_bytes = (args->seqlen_k * fc_dtype_bytes(mask->dtype) + 15) / 16 * 16;
     return copy;
 }
 
@@ -106,10 +102,10 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
      : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, has_masks) <= 128 ? 3                                                \
                                                                     : 2)
 
-/* Shared memory for the mask of a warp of kernels/hopper_short: sixteen rows of a tile. */
+/* Shared memory for the mask of a warp of kernels/hopper_short, if there is one: sixteen rows of a tile. */
 static inline int64_t fc_hopper_short_mask_bytes(const fc_tensor *mask, int64_t block_n)
 {
-    return mask->dtype == FC_NONE ? 0 : 16 * block_n * fc_mask_number_bytes(mask->dtype);
+    return 16 * block_n * fc_dtype_bytes(mask->dtype);
 }
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of

@@ -41,7 +41,7 @@ template <mask_class> static cudaError_t align_mask(fc_forward_args *args, void 
 {
     const fc_tensor &mask = args->attn_mask;
     const fc_mask_copy copy = fc_mask_copy_of(args);
-    const int64_t bytes = fc_mask_number_bytes(mask.dtype), pitch = copy.row_bytes / bytes;
+    const int64_t bytes = fc_dtype_bytes(mask.dtype), pitch = copy.row_bytes / bytes;
     const int64_t num_rows = copy.batch * copy.heads * args->seqlen_q;
     align_params params = {mask, mask, num_rows, args->seqlen_q, copy.heads, (int)args->seqlen_k};
     params.copy.data = workspace;

@@ -50,8 +50,9 @@ struct mask_params {
     int by_batch, by_head; /* what an index counts in the map: 0 where all see the same, or else 1 */
 };
 
-/* Of a row of a slab. */
 static_assert(!HAS_MASKS || BLOCK_N == 64 || BLOCK_N == 128, "the copy engine's swizzles");
+
+/* Of a row of a slab. */
 static constexpr int mask_slab_bytes(int dtype)
 {
     return dtype == FC_BOOL && BLOCK_N < 128 ? BLOCK_N : 128;

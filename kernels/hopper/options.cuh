@@ -52,13 +52,14 @@ template <class T, class MaskTiles> struct score_options {
                                           const uint8_t *mask, int first_row) const
     {
         const int column = tile * BLOCK_N + threadIdx.x % 4 * 2;
-        if (NATURAL && options.softcap != 0) {
+        if (NATURAL) {
+            if (options.softcap != 0) {
 #pragma unroll
-            for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
+                for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
+            }
+            masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
+            if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
         }
-        if (NATURAL) masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
-        if (NATURAL && args.alibi_slopes.dtype != FC_NONE)
-            take_distance(s, slope, (float)(column - row - options.diagonal));
         if (args.attn_mask.dtype == FC_BOOL && shows != shown::all) masks.hide(s, mask, first_row);
         if (!is_cut) return;
 #pragma unroll

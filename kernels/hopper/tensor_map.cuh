@@ -56,7 +56,7 @@ static cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, in
                                      : tensor.dtype == FC_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                      : tensor.dtype == FC_FLOAT32  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                                                    : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-    const int bytes = tensor.dtype == FC_BOOL ? 1 : tensor.dtype == FC_FLOAT32 ? 4 : 2;
+    const int bytes = fc_dtype_bytes(tensor.dtype);
     const cuuint64_t sizes[4] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)heads, (cuuint64_t)batch};
     cuuint64_t stride_bytes[3];
     for (int i = 0; i < 3; i++) {

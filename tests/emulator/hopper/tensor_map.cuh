@@ -14,7 +14,7 @@ struct tensor_box {
 inline cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, int64_t columns, int64_t rows,
                                    int64_t heads, int64_t batch, tensor_box box)
 {
-    const int bytes = tensor.dtype == FC_BOOL ? 1 : tensor.dtype == FC_FLOAT32 ? 4 : 2;
+    const int bytes = fc_dtype_bytes(tensor.dtype);
     const int64_t sizes[3] = {batch, heads, rows};
     bool is_readable = (uintptr_t)tensor.data % 16 == 0;
     for (int i = 0; i < 3; i++) is_readable &= sizes[i] == 1 || tensor.strides[i] * bytes % 16 == 0;
