@@ -56,15 +56,15 @@ const char *fc_cuda_archs(void)
     return FC_CUDA_ARCHS;
 }
 
-/* Which masks a problem needs: full, band (causal, window), unbiased (a bool mask or sinks, which leave scores as they
- * are), or general for everything else. All but the last compare scores before they scale them, which a scale of zero
- * or below would turn round. */
+/* Which masks a problem needs: full, band (causal, window), unbiased (a bool mask, which leaves scores as they are), or
+ * general for everything else. All but the last compare scores before they scale them, which a scale of zero or below
+ * would turn round. */
 static enum fc_mask_class mask_class(const fc_forward_args *args)
 {
     bool has_mask = args->attn_mask.dtype != FC_NONE, adds_mask = has_mask && args->attn_mask.dtype != FC_BOOL;
     bool biased = args->softcap != 0 || adds_mask || args->alibi_slopes.dtype != FC_NONE;
     if (biased || !((float)args->scale > 0)) return fc_mask_general;
-    if (has_mask || args->sinks.dtype != FC_NONE) return fc_mask_unbiased;
+    if (has_mask) return fc_mask_unbiased;
     bool open = args->band_left <= -args->seqlen_q + 1 && args->band_right >= args->seqlen_k - 1;
     return open ? fc_mask_full : fc_mask_band;
 }

@@ -81,9 +81,11 @@ def test_every_row(row: list[str]) -> None:
         (64, 2050),
     ]:
         q, k, v = _qkv(rows, keys, d - 8, dtype=dtype)
-        options: dict[str, Any] = {"window": (keys, 0), "diagonal": keys - rows} if mask != "full" else {}
-        if mask in ("unbiased", "general"):
-            options |= {"attn_mask": _normal(1, 1, rows, keys, seed=4) > -0.5, "sinks": np.float32([0.3, -2])}
+        options: dict[str, Any] = {"sinks": np.float32([0.3, -2])}
+        if mask != "full":
+            options |= {"window": (keys, 0), "diagonal": keys - rows}
+        if mask == "unbiased":
+            options |= {"attn_mask": _normal(1, 1, rows, keys, seed=4) > -0.5}
         if mask == "general":
             options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4), "softcap": 5.0}
             options |= {"alibi_slopes": np.float32([0.5, 0.1])}
@@ -130,6 +132,7 @@ MASKS: dict[str, Callable[[int, int], Array]] = {
     "lowest_rows": lambda rows, keys: np.where(
         np.arange(rows)[:, None] % 2 == 0, np.finfo(np.float32).min, np.zeros((rows, keys), np.float32)
     ),
+    "stairs": lambda rows, keys: np.arange(keys) < np.arange(rows)[:, None] // 16 * 2 % 5 * 100,  # each warp's its own
     "sprinkled": lambda rows, keys: np.random.default_rng(3).random((rows, keys)) < 0.5,
     "bias": lambda rows, keys: _normal(2, rows, keys)[None],
 }
@@ -144,6 +147,21 @@ def test_masks(hopper: Any, name: str, dim: int, keys: int, options: dict[str, A
     mask = cases.place(MASKS[name](rows, keys))
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     _check(hopper, *_qkv(rows, keys, dim), attn_mask=mask, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": "lower_right"}], ids=str)
+@pytest.mark.parametrize("keys", [304, 310])  # copied by the copy engine, and by lanes
+@pytest.mark.parametrize("dtype", ["bool", "float16"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_one_block_works_on_many_padded_sequences(
+    hopper: Any, dim: int, dtype: str, keys: int, options: dict[str, Any]
+) -> None:
+    """Each has its own length, one none: what a block finds of one sequence's mask must not reach the next."""
+    lengths = np.array([keys, 5, 190, 0, 129, 64])[:, None, None, None]
+    shown = np.arange(keys) < lengths
+    q, k, v = (_normal(6, 2, n, dim, seed=seed) for seed, n in enumerate((260, keys, keys)))
+    mask = shown if dtype == "bool" else np.where(shown, 0, -np.inf).astype(dtype)
+    _check(hopper, q, k, v, attn_mask=cases.place(mask), num_sms=1, **options)
 
 
 @pytest.mark.parametrize("strides", ["unaligned", "transposed", "backwards", "every_second", "one_key_for_all"])
@@ -195,6 +213,25 @@ def test_keys_that_a_mask_hides_are_not_read(hopper: Any, mask: str, rows: int, 
     if hopper.keywords["kernel"] == b"hopper_short" and (result is None or mask != "band"):
         pytest.skip("hopper_short does not hold so wide keys, and reads all that the band leaves")
     right.check(*result)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.6, 3.0, 40.0])  # a reference of nothing times these fits in float32, or not
+@pytest.mark.parametrize("mask", ["bool", "float16", "float32", "finfo.min", "band"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_that_see_nothing_at_first(hopper: Any, dim: int, mask: str, scale: float) -> None:
+    """Keys are walked from the last: some rows see none of those, some none at all, beside rows that see all."""
+    q, k, v = _qkv(200, 300, dim, heads=4)
+    shown = np.ones((1, 1, 200, 300), bool)
+    shown[:, :, 0::3, 20:] = False
+    shown[:, :, 1::3] = False
+    options: dict[str, Any] = {"scale": scale, "sinks": np.float32([-np.inf, 0.5, -3e38, 100])}
+    if mask == "band":
+        options |= {"is_causal": True, "diagonal": -70}
+    elif mask == "finfo.min":
+        options |= {"attn_mask": cases.place(np.where(shown, 0, np.finfo(np.float32).min).astype(np.float32))}
+    else:
+        options |= {"attn_mask": cases.place(shown if mask == "bool" else np.where(shown, 0, -np.inf).astype(mask))}
+    _check(hopper, q, k, v, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 50.0}], ids=str)

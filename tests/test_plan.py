@@ -227,7 +227,7 @@ def test_mask_class(fields: dict[str, Any], word: str) -> None:
     [
         ("attn_mask", FLOAT32, GENERAL),
         ("attn_mask", BOOL, UNBIASED),
-        ("sinks", FLOAT32, UNBIASED),
+        ("sinks", FLOAT32, FULL),
         ("alibi_slopes", FLOAT32, GENERAL),
     ],
 )
@@ -445,17 +445,18 @@ def test_hopper_mask(fields: dict[str, Any], mask: str) -> None:
         ("attn_mask", BOOL, {"flags": capi.SCALE, "scale": -1.0}, "general"),
         ("attn_mask", FLOAT16, {}, "general"),
         ("attn_mask", FLOAT32, {}, "general"),
-        ("sinks", FLOAT32, {}, "unbiased"),
+        ("sinks", FLOAT32, {}, None),
         ("sinks", FLOAT32, {"softcap": 1.0}, "general"),
         ("alibi_slopes", FLOAT16, {}, "general"),
     ],
     ids=str,
 )
-def test_hopper_operands(name: str, dtype: int, fields: dict[str, Any], mask: str, flags: int) -> None:
+def test_hopper_operands(name: str, dtype: int, fields: dict[str, Any], mask: str | None, flags: int) -> None:
+    """A mask of None: as without the operand."""
     problem = capi.shapes_only(**fields | {"flags": flags | fields.get("flags", 0)})
     status, plan = capi.plan(with_tensor(problem, name, dtype), HOPPER)
     assert status == OK
-    assert of_hopper(plan) == f"float16_d64_{mask}"
+    assert of_hopper(plan) == f"float16_d64_{mask or ('band' if flags else 'full')}"
 
 
 @needs_hopper_build

@@ -208,4 +208,20 @@ static __device__ __forceinline__ void bar_arrive(int barrier, int threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+/* They wait as in bar_sync, and hear whether x is true in any of them. */
+static __device__ __forceinline__ bool bar_any(int barrier, int threads, bool x)
+{
+    uint32_t any;
+    asm volatile("{\n"
+                 ".reg .pred own, all;\n"
+                 "setp.ne.u32 own, %3, 0;\n"
+                 "bar.red.or.pred all, %1, %2, own;\n"
+                 "selp.u32 %0, 1, 0, all;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(barrier), "r"(threads), "r"((uint32_t)x)
+                 : "memory");
+    return any != 0;
+}
+
 #endif /* FC_COMMON_PTX_CUH */

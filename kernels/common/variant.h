@@ -19,7 +19,7 @@
 /* Which calls the row serves; the words of its mask column. */
 enum class mask_class { any, full, band, unbiased, general };
 constexpr mask_class MASK = mask_class::FC_MASK;
-/* Calls with attn_mask or sinks; `any` serves these, too, in its own way. */
+/* Calls with attn_mask; `any` serves these, too, in its own way. */
 constexpr bool HAS_MASKS = MASK == mask_class::unbiased || MASK == mask_class::general;
 constexpr int HEAD_DIM = FC_HEAD_DIM;
 constexpr int BLOCK_M = FC_BLOCK_M;

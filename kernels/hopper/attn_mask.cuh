@@ -4,9 +4,9 @@
  *     slabs [ROWS, 128 bytes], as the copy engine's swizzle leaves them: a row's 16-byte piece c in place c ^ row % 8
  *     of a bool mask with BLOCK_N 64 [ROWS, 64 bytes]: in place c ^ row / 2 % 4
  *
- * Where all rows are the same, as in a padding mask, there is one. A warp brings a tile, some time ahead of its use,
- * and then looks through it for keys that it shows: one of bools that shows all is not looked at again, and in the long
- * kernels one without any is not multiplied.
+ * Where all rows are the same, as in a padding mask, there is one. A warp brings a tile, some time ahead of its use.
+ * Then it is looked through for keys that it shows: where bools show all there is nothing to hide, and in the long
+ * kernels a tile without any is not multiplied.
  *
  * The trick is the swizzle: ldmatrix finds the pieces of eight rows in all 32 banks, and gives a thread the
  * numbers of its own scores, two rows g and g + 8 and the key pairs 8 i + 2 t, 8 i + 2 t + 1 (wgmma.cuh). Nothing is
@@ -33,7 +33,7 @@ template <class M> __device__ __forceinline__ bool shows_any(uint32_t word)
     return word != (M::dtype == FC_FLOAT32 ? 0xff800000u : M::dtype == FC_FLOAT16 ? 0xfc00fc00u : 0xff80ff80u);
 }
 
-/* What a tile of a mask leaves of its keys. Numbers that are added count as some, where any is not -inf. */
+/* What a tile of a mask leaves of its keys. Numbers that are added are some, where any is not -inf. */
 enum class shown { none, some, all };
 
 /* Of a tile. */
@@ -84,36 +84,32 @@ template <class T, int ROWS> struct mask_tiles {
     }
 
     /* A warp begins to bring the tile of these first row and key, of a mask of M. What lies past the ends is no matter.
-     * come: a barrier of one arrival, which completes when the copy engine is through. */
+     * full: a barrier of arrivals() that completes when it is there. */
     template <class M>
-    __device__ __forceinline__ void start(uint8_t *tile, uint32_t come, const tile_work &work, int row, int key) const
+    __device__ __forceinline__ void start(uint8_t *tile, uint32_t full, const tile_work &work, int row, int key) const
     {
         if (!params.is_mapped) {
-            copy_each<M>(tile, work, row, key);
+            if (ROWS < 64 && params.by_row) { /* of 64 rows that differ there is an aligned copy */
+                copy_rows<M>(tile, work, row, key);
+            } else {
+                copy_row<M>(tile, work, key);
+            }
+            mbarrier_arrive(full);
         } else if (threadIdx.x % 32 == 0) {
-            mbarrier_arrive_expect_tx(come, (params.by_row ? ROWS : 1) * BLOCK_N * (int)sizeof(typename M::element));
+            mbarrier_arrive_expect_tx(full, (params.by_row ? ROWS : 1) * BLOCK_N * (int)sizeof(typename M::element));
 #pragma unroll
             for (int slab = 0; slab < BLOCK_N / COLUMNS<M>; slab++)
-                cp_async_bulk_tensor(shared_address(tile) + slab * SLAB_BYTES, &params.map, come,
+                cp_async_bulk_tensor(shared_address(tile) + slab * SLAB_BYTES, &params.map, full,
                                      key + slab * COLUMNS<M>, params.by_row ? row : 0, work.head * params.by_head,
                                      work.batch * params.by_batch);
         }
     }
+    static __device__ __forceinline__ int arrivals(const mask_params &params) { return params.is_mapped ? 1 : 32; }
 
-    /* The same warp waits for it. From then on all its lanes may tell others. */
-    __device__ __forceinline__ void wait(uint32_t come, uint32_t phase) const
-    {
-        if (params.is_mapped) {
-            mbarrier_wait(come, phase);
-        } else {
-            __syncwarp();
-        }
-    }
-
-    /* And looks at what the tile shows. */
+    /* A warp looks at what all rows of the tile show of their keys. row, key: the tile's first of the array. */
     template <class M> __device__ __forceinline__ shown look(const uint8_t *tile, int row, int key) const
     {
-        if (M::dtype == FC_BOOL) return look_at_bools(tile);
+        if (M::dtype == FC_BOOL) return look_at_bools<ROWS>(tile, 0);
         constexpr int EACH = 4 / (int)sizeof(typename M::element), PIECES = BLOCK_N / (4 * EACH); /* at most 32 a row */
         const int lane = threadIdx.x % 32, piece = lane % PIECES;
         const int rows = min(params.by_row ? ROWS : 1, all.seqlen_q - row),
@@ -133,9 +129,9 @@ template <class T, int ROWS> struct mask_tiles {
         return shown::none;
     }
 
-    /* The same of bools. Past the end keys are false, and rows false or as the last, which at worst hides from us that
-     * the tile shows all. */
-    __device__ __forceinline__ shown look_at_bools(const uint8_t *tile) const
+    /* The same of bools, of COUNT rows. Past the end keys are false, and rows false or as the last, which at worst
+     * hides from us that the tile shows all. */
+    template <int COUNT> __device__ __forceinline__ shown look_at_bools(const uint8_t *tile, int first_row) const
     {
         constexpr int PIECES = BLOCK_N / 16, AT_ONCE = 32 / PIECES; /* of a row; rows of a warp */
         const int lane = threadIdx.x % 32, piece = lane % PIECES;
@@ -147,7 +143,7 @@ template <class T, int ROWS> struct mask_tiles {
         };
         if (params.by_row) {
 #pragma unroll
-            for (int i = 0; i < ROWS; i += AT_ONCE) take(lane / PIECES + i);
+            for (int i = 0; i < COUNT; i += AT_ONCE) take(first_row + lane / PIECES + i);
         } else {
             take(0);
         }
@@ -224,18 +220,30 @@ template <class T, int ROWS> struct mask_tiles {
         return (uint32_t)(piece / 8 * SLAB_BYTES + row * 128 + 16 * (piece % 8 ^ row % 8));
     }
 
-    /* Words of 32 bits, of a number or more; some rows' loads before their stores. Rows past the end are the last. */
+    /* A mask's only row, by a warp that has few registers. */
+    template <class M> __device__ __forceinline__ void copy_row(uint8_t *tile, const tile_work &work, int key) const
+    {
+        using element = typename M::element;
+        const auto *row = row_of<const element>(mask, work.batch, work.head, 0);
+#pragma unroll 1
+        for (int column = threadIdx.x % 32; column < BLOCK_N; column += 32) {
+            const int byte = column * (int)sizeof(element);
+            const element one = key + column < all.seqlen_k ? row[(key + column) * mask.strides[3]] : element(0);
+            *(element *)(tile + place<M>(0, byte / 16) + byte % 16) = one;
+        }
+    }
+
+    /* Words of 32 bits, of a number or more; four rows' loads before their stores. Rows past the end are the last. */
     template <class M>
-    __device__ __forceinline__ void copy_each(uint8_t *tile, const tile_work &work, int first_row, int key) const
+    __device__ __forceinline__ void copy_rows(uint8_t *tile, const tile_work &work, int first_row, int key) const
     {
         using element = typename M::element;
         constexpr int EACH = 4 / (int)sizeof(element), WORDS = BLOCK_N / EACH, PER_LANE = (WORDS + 31) / 32;
-        constexpr int AT_ONCE = ROWS < 64 ? 4 : 1; /* of 64 rows that differ there is an aligned copy */
-        const int num_rows = params.by_row ? ROWS : 1;
+        constexpr int AT_ONCE = 4;
         const int lane = threadIdx.x % 32, last = all.seqlen_q - 1, keys = min(BLOCK_N, all.seqlen_k - key);
         const auto *from = row_of<const element>(mask, work.batch, work.head, 0) + key * mask.strides[3];
 #pragma unroll 1
-        for (int i = 0; i < num_rows; i += AT_ONCE) {
+        for (int i = 0; i < ROWS; i += AT_ONCE) {
             element each[AT_ONCE][PER_LANE][EACH];
 #pragma unroll
             for (int r = 0; r < AT_ONCE; r++) {
@@ -254,8 +262,7 @@ template <class T, int ROWS> struct mask_tiles {
 #pragma unroll
                 for (int w = 0; w < PER_LANE; w++) {
                     const int word = lane + 32 * w;
-                    if (i + r < num_rows && word < WORDS)
-                        memcpy(tile + place<M>(i + r, word / 4) + word % 4 * 4, each[r][w], 4);
+                    if (word < WORDS) memcpy(tile + place<M>(i + r, word / 4) + word % 4 * 4, each[r][w], 4);
                 }
             }
         }

@@ -6,24 +6,25 @@
  * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread drives the
  * copy engine; two to four warpgroups of 64 rows each compute. A warpgroup walks its tiles of keys from the last to
  * the first, since the masked ones are the last, and its out never leaves its registers. Where there is an attn_mask,
- * one more warp for each of them copies its rows of that.
+ * one more warp for each of them copies its rows of that; tiles that these hide are passed.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. In rows
- * with masks it waits for q.k alone, and for p.v only before out and the weights are touched; general ones do need the
- * maximum, and look for it meanwhile.
+ * with masks two warpgroups wait for q.k alone, and for p.v only before out and the weights are touched; general ones
+ * do need the maximum, and look for it meanwhile.
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
  *     query_empty[stage]     every computing warp, after the tile's last q.k         it may be overwritten
+ *                            (is_narrowed: and every warp that brings the mask)
  *     key_full[stage]        its copies                                              this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
- *     mask_come[w][stage]    its copies                                              w's copying warp may look at it
- *     mask_full[w][stage]    warpgroup w's copying warp                              its rows of attn_mask may be read
- *     mask_empty[w][stage]   every warp of warpgroup w                               they may be overwritten
- *                            (of these two, every lane where lanes copied the mask: each_tells)
+ *     mask_full[w][stage]    its copies, or each lane that copied                    w's rows of attn_mask may be read
+ *     mask_told[w][stage]    general: the warp that copied                           mask_shows says what they show
+ *     mask_empty[w][stage]   every warp of warpgroup w (where lanes copy, each lane) they may be overwritten
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
+ *     LOOK + w (named, 128)  every thread of warpgroup w                             do any of its rows see the tile?
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -55,11 +56,12 @@ static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 static_assert(!HAS_MASKS || WARPGROUPS <= 3, "a copying warp for each, beside the one of query and keys");
 
 /* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
- * warpgroup keeps some, and the others share the rest. To look for keys that a mask shows takes more than to copy. */
-constexpr int PRODUCER_REGISTERS = HAS_MASKS         ? (WARPGROUPS == 2 ? 72 : 80)
-                                   : WARPGROUPS == 2 ? 40
-                                   : WARPGROUPS == 3 ? 32
-                                                     : 24;
+ * warpgroup keeps some, and the others share the rest. To look through a mask takes more than to copy. */
+constexpr int PRODUCER_REGISTERS = MASK == mask_class::unbiased  ? (WARPGROUPS == 3 ? 32 : 56)
+                                   : MASK == mask_class::general ? (WARPGROUPS == 2 ? 72 : 80)
+                                   : WARPGROUPS == 2             ? 40
+                                   : WARPGROUPS == 3             ? 32
+                                                                 : 24;
 constexpr int ALL_REGISTERS = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
 constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 
@@ -67,8 +69,8 @@ constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGR
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
 constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 512;
-constexpr int MASK_BYTES = HAS_MASKS ? fc::mask_tile_bytes<64>(FC_FLOAT32) : 16; /* a warpgroup's */
-constexpr int MASK_STAGES = 4;                                                   /* of bools, the smallest */
+constexpr int MASK_STAGES = MASK == mask_class::unbiased && WARPGROUPS == 3 ? 3 : 4;        /* of bools, the smallest */
+constexpr int MASK_BYTES = HAS_MASKS ? MASK_STAGES * fc::mask_tile_bytes<64>(FC_BOOL) : 16; /* a warpgroup's */
 constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
 constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES <= ROOM ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (ROOM - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
@@ -87,12 +89,13 @@ struct shared_memory {
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) uint8_t mask[WARPGROUPS][MASK_BYTES];
     int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
-    fc::shown mask_shows[WARPGROUPS][MASK_STAGES];          /* with mask: of the tile's keys */
+    fc::shown_keys shown;                                   /* the copying warp's own */
+    fc::shown mask_shows[WARPGROUPS][MASK_STAGES];          /* with mask, of a general call */
     uint64_t query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
-    uint64_t mask_come[WARPGROUPS][MASK_STAGES];
-    uint64_t mask_full[WARPGROUPS][MASK_STAGES], mask_empty[WARPGROUPS][MASK_STAGES];
+    uint64_t mask_full[WARPGROUPS][MASK_STAGES], mask_told[WARPGROUPS][MASK_STAGES];
+    uint64_t mask_empty[WARPGROUPS][MASK_STAGES];
     uint32_t unused; /* fc::prefetch_params */
 };
 static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
@@ -105,10 +108,17 @@ struct forward_params {
     fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes of parameters cost time (launch.cuh) */
 };
 
-/* Named barriers from here on, one a warpgroup: whose turn it is to issue. Three warpgroups that take turns gain 3 to
- * 7%, two lose 2%. */
-constexpr int TURN = 1;
+/* Named barriers from here on, one a warpgroup: whose turn it is to issue, and whether any of its rows see a tile.
+ * Three warpgroups that take turns gain 3 to 7%, two lose 2%. */
+constexpr int TURN = 1, LOOK = TURN + WARPGROUPS;
 constexpr bool TAKES_TURNS = WARPGROUPS > 2;
+
+/* In a general call the warps that bring the mask look at it. In an unbiased one those that use it do, whose sixteen
+ * rows of bools are two or four loads; of a float mask they would be up to sixteen. Where products are short, the next
+ * tile is looked at under them, elsewhere under the last p.v. */
+constexpr bool TELLS = MASK == mask_class::general, LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
+/* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use. */
+constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS == 3;
 
 using mask_tiles = fc::mask_tiles<T, 64>;
 
@@ -126,6 +136,12 @@ static __device__ __forceinline__ uint8_t *mask_tile(shared_memory &smem, int wa
 static __device__ __forceinline__ bool each_tells(const forward_params &params)
 {
     return HAS_MASKS && !params.mask->is_mapped;
+}
+
+/* A mask that is the same for all rows is searched for the keys that it leaves, of which mask warps hear with query. */
+static __device__ __forceinline__ bool is_narrowed(const forward_params &params)
+{
+    return HAS_MASKS && params.args.attn_mask.dtype != FC_NONE && !params.mask->by_row;
 }
 
 /* Where a role stands in a ring of stages. */
@@ -146,7 +162,6 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
-    fc::shown_keys<T> shown;
     uint32_t turn = 0;
     bool first = true;
     fc::tile_work work = {};
@@ -164,7 +179,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
         if (work.first == work.end) continue; /* the rows see no key */
         if (HAS_MASKS) {
             __syncwarp();
-            shown.narrow(work, params.args.attn_mask, *params.mask, params.schedule);
+            fc::narrow<T>(work, smem.shown, params.args.attn_mask, *params.mask, params.schedule);
             if (threadIdx.x % 32 != 0) continue;
         }
         if (work.first == work.end) load_query();
@@ -174,44 +189,67 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
             fc::load_tile(smem.key[keys.stage], params.key, at(smem.key_full[keys.stage]), j * BLOCK_N, work.head_kv,
                           work.batch);
             if (j == before_query) load_query();
-            mbarrier_wait(at(smem.value_empty[values.stage]), values.phase ^ 1);
-            fc::load_tile(smem.value[values.stage], params.value, at(smem.value_full[values.stage]), j * BLOCK_N,
-                          work.head_kv, work.batch);
+            /* Of as many stages, values' ring is where keys' is, and takes no registers. */
+            const int stage = KEY_STAGES == VALUE_STAGES ? keys.stage : values.stage;
+            const uint32_t phase = KEY_STAGES == VALUE_STAGES ? keys.phase : values.phase;
+            mbarrier_wait(at(smem.value_empty[stage]), phase ^ 1);
+            fc::load_tile(smem.value[stage], params.value, at(smem.value_full[stage]), j * BLOCK_N, work.head_kv,
+                          work.batch);
         }
     }
 }
 
-/* A warp that brings attn_mask, of M, to a computing warpgroup: tells of one tile after another as it has come, and has
- * more on their way where there is room. */
+/* A warp that brings attn_mask, of M, to a computing warpgroup, as there is room. In a general call it also tells of
+ * one tile after another, as it has come, what it shows; the bools of others the warpgroup itself looks at. */
 template <class M>
 static __device__ __forceinline__ void bring_mask(const forward_params &params, shared_memory &smem,
                                                   const mask_tiles &tiles, int warpgroup)
 {
     constexpr int NUM_STAGES = num_mask_stages(M::dtype);
-    ring<MASK_STAGES> started, finished;
-    fc::shown_keys<T> shown;
+    const int lane = threadIdx.x % 32;
+    ring<QUERY_STAGES> queries;
+    ring<MASK_STAGES> started, told;
     uint32_t turn = 0;
-    fc::tile_work work;
+    fc::tile_work work = {};
+    const auto has_room = [&] {
+        const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
+        return __all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1));
+    };
+    const auto start = [&](int j) {
+        __syncwarp(); /* nobody is a round of the ring behind */
+        mbarrier_wait(at(smem.mask_empty[warpgroup][started.stage]), started.phase ^ 1);
+        tiles.template start<M>(mask_tile(smem, warpgroup, started.stage, M::dtype),
+                                at(smem.mask_full[warpgroup][started.stage]), work, work.row + 64 * warpgroup,
+                                j * BLOCK_N);
+        started.next(NUM_STAGES);
+    };
+    const auto tell = [&](int j) {
+        mbarrier_wait(at(smem.mask_full[warpgroup][told.stage]), told.phase);
+        const fc::shown shows = tiles.template look<M>(mask_tile(smem, warpgroup, told.stage, M::dtype),
+                                                       work.row + 64 * warpgroup, j * BLOCK_N);
+        if (lane == 0) smem.mask_shows[warpgroup][told.stage] = shows;
+        __syncwarp();
+        if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_told[warpgroup][told.stage]));
+        told.next(NUM_STAGES);
+    };
     while (fc::next_tile(params.schedule, turn, work)) {
-        if (work.first < work.end) shown.narrow(work, params.args.attn_mask, *params.mask, params.schedule);
-        const fc::rows_view view(params.schedule, work, warpgroup);
-        const int row = work.row + 64 * warpgroup;
-        int next = view.end - 1; /* to be started */
-        for (int j = next; j >= view.first; j--, finished.next(NUM_STAGES)) {
-            for (; next > j - NUM_STAGES && next >= view.first; next--, started.next(NUM_STAGES)) {
-                const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
-                if (next < j && !__all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1))) break;
-                mbarrier_wait(empty, started.phase ^ 1);
-                tiles.template start<M>(mask_tile(smem, warpgroup, started.stage, M::dtype),
-                                        at(smem.mask_come[warpgroup][started.stage]), work, row, next * BLOCK_N);
+        if (work.first < work.end && is_narrowed(params)) {
+            mbarrier_wait(at(smem.query_full[queries.stage]), queries.phase);
+            if (lane == 0) {
+                work.first = smem.first_shown[queries.stage];
+                work.end = smem.end_shown[queries.stage];
             }
-            const int stage = finished.stage;
-            tiles.wait(at(smem.mask_come[warpgroup][stage]), finished.phase);
-            const fc::shown shows =
-                tiles.template look<M>(mask_tile(smem, warpgroup, stage, M::dtype), row, j * BLOCK_N);
-            if (threadIdx.x % 32 == 0) smem.mask_shows[warpgroup][stage] = shows;
-            __syncwarp();
-            if (threadIdx.x % 32 == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_full[warpgroup][stage]));
+            work.first = __shfl_sync(0xffffffffu, work.first, 0);
+            work.end = __shfl_sync(0xffffffffu, work.end, 0);
+            if (lane == 0) mbarrier_arrive(at(smem.query_empty[queries.stage]));
+            queries.next();
+        }
+        const fc::rows_view view(params.schedule, work, warpgroup);
+        int next = view.end - 1; /* to be started */
+#pragma unroll 1
+        for (int j = next; j >= view.first; j--) {
+            while (next >= view.first && (next == j || (TELLS && next > j - NUM_STAGES && has_room()))) start(next--);
+            if (TELLS) tell(j);
         }
     }
 }
@@ -237,9 +275,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
-    ring<MASK_STAGES> masks;
+    ring<MASK_STAGES> masks, looked; /* done with; looked at */
     const mask_tiles tiles(args.attn_mask, *params.mask, params.schedule);
-    const bool has_mask = args.attn_mask.dtype != FC_NONE;
+    const bool has_mask = MASK == mask_class::unbiased || args.attn_mask.dtype != FC_NONE;
     const auto wait_for = [&](const uint64_t *full, const auto &stages) {
         mbarrier_wait(at(full[stages.stage]), stages.phase);
     };
@@ -268,24 +306,22 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         start_p_v();
         end_turn();
     };
-    const auto multiply_both = [&] {
+    const auto multiply_both = [&](auto meanwhile) {
         start_both();
+        meanwhile();
         fc::wgmma_wait<0>();
         fc::hold(s);
         fc::hold(out);
         let_go(smem.key_empty, keys);
         let_go(smem.value_empty, values);
     };
-    const auto multiply_first = [&] {
+    const auto multiply_first = [&](auto meanwhile) {
         wait_for(smem.key_full, keys);
         wait_turn();
         fc::wgmma_fence();
         start_q_k();
         end_turn();
-        if (!HAS_MASKS) { /* now, while the product runs */
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
-        }
+        meanwhile();
         fc::hold(out);
         fc::wgmma_wait<0>();
         fc::hold(s);
@@ -331,18 +367,38 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         softmax = fc::online_softmax();
         fc::out_rows<T> rows;
         const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
-        int j = work.end - 1;
+        const auto zero_out = [&] {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
+        };
 
         if constexpr (HAS_MASKS) {
-            /* Scores as options make them; a tile that the mask hides from all 64 rows is let go unread, too. */
+            int j = work.end; /* tile j is being worked on, or done with */
+            /* Scores as options make them. A tile that the mask hides from all 64 rows is passed. */
             const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, tiles, work, row);
-            fc::shown shows = fc::shown::all;
-            const auto sees = [&] {
-                if (!has_mask) return true;
-                wait_for(smem.mask_full[warpgroup], masks);
-                if (lane == 0) shows = smem.mask_shows[warpgroup][masks.stage];
-                shows = fc::shown(__shfl_sync(0xffffffffu, int(shows), 0));
-                return shows != fc::shown::none;
+            fc::shown shows = fc::shown::all, next = fc::shown::all; /* tile j and tile j - 1 */
+            bool sees_next = false;
+            const auto look = [&] {
+                sees_next = j > view.first;
+                if (!sees_next || !has_mask) return;
+                wait_for(TELLS ? smem.mask_told[warpgroup] : smem.mask_full[warpgroup], looked);
+                if (TELLS) {
+                    if (lane == 0) next = smem.mask_shows[warpgroup][looked.stage];
+                    next = fc::shown(__shfl_sync(0xffffffffu, int(next), 0));
+                    sees_next = next != fc::shown::none;
+                } else {
+                    next = tiles.template look_at_bools<16>(
+                        mask_tile(smem, warpgroup, looked.stage, args.attn_mask.dtype), 16 * warp);
+                    sees_next = __any_sync(0xffffffffu, bar_any(LOOK + warpgroup, 128, next != fc::shown::none));
+                }
+                looked.next(num_mask_stages(args.attn_mask.dtype));
+            };
+            const auto look_ahead = [&] {
+                if (LOOKS_AHEAD) look();
+            };
+            const auto go_on = [&] {
+                j--;
+                shows = next;
             };
             const auto let_go_mask = [&] {
                 if (!has_mask) return;
@@ -356,8 +412,10 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 options.apply(s, j, is_cut, shows, mask_tile(smem, warpgroup, masks.stage, args.attn_mask.dtype),
                               16 * warp);
                 let_go_mask();
-                if (MASK != mask_class::general && !pending) softmax.take_reference(s);
+                if (!TELLS && !LOOKS_AHEAD) look();
+                if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
                 softmax.step<T>(s, p, out, unit_log2, [&] {
+                    if (SETTLES_FIRST) return;
                     fc::wgmma_wait<0>();
                     fc::hold(out);
                     fc::hold(p);
@@ -365,26 +423,35 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 });
             };
             const auto start_next = [&] {
-                if (--j < view.first || !sees()) return false;
-                start_both();
-                fc::wgmma_wait<1>();
-                fc::hold(s);
-                let_go(smem.key_empty, keys);
+                if (TELLS) look();
+                if (!sees_next) return false;
+                go_on();
+                if (SETTLES_FIRST) {
+                    multiply_both(look_ahead);
+                } else {
+                    start_both();
+                    look_ahead();
+                    fc::wgmma_wait<1>();
+                    fc::hold(s);
+                    let_go(smem.key_empty, keys);
+                }
                 return true;
             };
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
+            zero_out();
 #pragma unroll 1
-            for (; j >= max(view.end, work.first); j--) pass_key(), pass_value();
+            for (; j > max(view.end, work.first); j--) pass_key(), pass_value();
+            look();
 #pragma unroll 1
-            while (j >= view.first) {
-                if (!sees()) {
+            while (j > view.first) {
+                const bool sees = sees_next;
+                go_on();
+                if (!sees) {
                     pass_key(), pass_value();
                     let_go_mask();
-                    j--;
+                    look();
                     continue;
                 }
-                multiply_first();
+                multiply_first(look_ahead);
                 if constexpr (MASK == mask_class::general) { /* once: twice so much code outgrows its cache */
                     bool pending = false;
 #pragma unroll 1
@@ -401,9 +468,10 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             }
             finish();
 #pragma unroll 1
-            for (; j >= work.first; j--) pass_key(), pass_value();
+            for (; j > work.first; j--) pass_key(), pass_value();
             if (has_query) let_go(smem.query_empty, queries);
         } else if (view.first < view.end) {
+            int j = work.end - 1;
             /* q.k of tile j in s -> weights in p. The last tile's q.k was the last to read query. */
             const auto is_cut = [&] { return j >= view.end_whole || j < view.first_whole; };
             const auto weigh = [&](auto masked, auto is_first) {
@@ -413,16 +481,16 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     for (int r = 0; r < 2; r++)
                         fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
                 }
-                if constexpr (is_first) softmax.take_reference(s);
+                if constexpr (is_first) softmax.take_reference(s, unit_log2);
                 softmax.step<T>(s, p, out, unit_log2, [] {});
             };
             const auto step = [&](auto masked) {
-                multiply_both();
+                multiply_both([] {});
                 weigh(masked, no);
             };
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
-            multiply_first();
+            multiply_first(zero_out);
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
             weigh(yes, yes);
@@ -443,7 +511,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             finish();
             if (has_query) {
 #pragma unroll 1
-                for (; j >= work.first; j--) pass_key(), pass_value();
+                for (int j = work.first; j < work.end; j++) pass_key(), pass_value();
                 let_go(smem.query_empty, queries);
             }
         }
@@ -455,11 +523,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
 /* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
 template <int COUNT>
-static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT])
+static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT],
+                                                     int readers = 4 * WARPGROUPS)
 {
     for (int stage = 0; stage < COUNT; stage++) {
         mbarrier_init(at(full[stage]), 1);
-        mbarrier_init(at(empty[stage]), 4 * WARPGROUPS);
+        mbarrier_init(at(empty[stage]), readers);
     }
 }
 
@@ -472,19 +541,20 @@ static __global__ __launch_bounds__(THREADS,
         prefetch_tensormap(&params.query);
         prefetch_tensormap(&params.key);
         prefetch_tensormap(&params.value);
-        init_barriers(smem.query_full, smem.query_empty);
+        init_barriers(smem.query_full, smem.query_empty, (is_narrowed(params) ? 5 : 4) * WARPGROUPS);
         init_barriers(smem.key_full, smem.key_empty);
         init_barriers(smem.value_full, smem.value_empty);
         for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
             for (int stage = 0; stage < MASK_STAGES; stage++) {
-                mbarrier_init(at(smem.mask_come[w][stage]), 1);
-                mbarrier_init(at(smem.mask_full[w][stage]), each_tells(params) ? 32 : 1);
+                mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));
+                mbarrier_init(at(smem.mask_told[w][stage]), each_tells(params) ? 32 : 1);
                 mbarrier_init(at(smem.mask_empty[w][stage]), each_tells(params) ? 128 : 4);
             }
         }
         fence_mbarrier_init();
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+    if (HAS_MASKS && threadIdx.x == 0) smem.shown.row = -1;
     if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
     if (threadIdx.x == 64) { /* Gains 7% where all keys fit on chip at once; where more follow, little or nothing. */
         uint32_t turn = 0;
@@ -500,8 +570,9 @@ static __global__ __launch_bounds__(THREADS,
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
-        if (warp == 0 && (HAS_MASKS || threadIdx.x % 32 == 0)) produce(params, smem);
-        if (HAS_MASKS && 0 < warp && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {
+        if (warp == 0) {
+            if (HAS_MASKS || threadIdx.x % 32 == 0) produce(params, smem);
+        } else if (HAS_MASKS && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {
             const mask_tiles tiles(params.args.attn_mask, *params.mask, params.schedule);
             tiles.with_dtype([&](auto m) { bring_mask<decltype(m)>(params, smem, tiles, warp - 1); });
         }

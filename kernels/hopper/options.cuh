@@ -43,7 +43,8 @@ template <class T, class MaskTiles> struct score_options {
                                              int row)
         : args(args), options(options), all(all), masks(masks), row(row), slope(0)
     {
-        if (args.alibi_slopes.dtype != FC_NONE) slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
+        if (NATURAL && args.alibi_slopes.dtype != FC_NONE)
+            slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
     /* is_cut: the band or the end of the keys hides some of the tile. shows: what attn_mask leaves of it. mask,

@@ -35,14 +35,14 @@ template <class T> struct out_rows {
     {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            max[r] = softmax.reference[r] * unit; /* in natural units */
             sum[r] = quad_sum(softmax.sum[r]);
+            shows[r] = sum[r] != 0;
+            max[r] = shows[r] ? softmax.reference[r] * unit : -INFINITY;
             factor[r] = 1;
             exists[r] = row + 8 * r < args.seqlen_q;
-            shows[r] = sum[r] != 0;
             at[r] = row_of<element>(args.out, work.batch, work.head, row + 8 * r);
         }
-        if (HAS_MASKS && args.sinks.dtype != FC_NONE) {
+        if (args.sinks.dtype != FC_NONE) {
             const float sink = head_value<T>(args.sinks, work.batch, work.head);
 #pragma unroll
             for (int r = 0; r < 2; r++) {

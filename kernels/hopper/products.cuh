@@ -16,7 +16,9 @@ namespace fc {
 __device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK_N / 2], uint64_t query, uint64_t key)
 {
     /* Where there are masks, no register is left for query's descriptors, advanced, from one tile to the next. */
-    if (HAS_MASKS) asm volatile("" : "+l"(query));
+    uint32_t low = (uint32_t)query;
+    if (HAS_MASKS) asm volatile("" : "+r"(low));
+    query = query >> 32 << 32 | low;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
         const uint64_t q = advance(query, d / 64 * BLOCK_M * 128 + d % 64 * 2);

@@ -16,6 +16,7 @@
 #ifndef FC_HOPPER_SOFTMAX_CUH
 #define FC_HOPPER_SOFTMAX_CUH
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -35,14 +36,19 @@ template <class T> __device__ __forceinline__ uint32_t pack(float low, float hig
 }
 
 struct online_softmax {
-    float reference[2]; /* in the units of s; -inf: nothing seen yet */
-    float sum[2];       /* this thread's part of the sum of exp(score - reference) */
+    /* The reference of a row that has seen nothing. It is its own offset: hidden scores weigh 0 by it, and any other
+     * more than float32 holds, which has the maximum looked for. */
+    static constexpr float NOTHING = -FLT_MAX;
 
-    __device__ __forceinline__ online_softmax() : reference{-INFINITY, -INFINITY}, sum{0, 0} {}
+    float reference[2]; /* in the units of s */
+    float sum[2];       /* this thread's part of the sum of exp(score - reference) */
+    float offset[2];    /* log2(e) * reference in natural units, or NaN where that would round too much (take_offset) */
+
+    __device__ __forceinline__ online_softmax() : reference{NOTHING, NOTHING}, sum{0, 0}, offset{} {}
 
     /* For a row that has seen nothing: any of its scores will do that is not far below the largest, so the largest of a
      * few. The few are a tile's first keys, of which a causal row sees at least one. */
-    template <int COUNT> __device__ __forceinline__ void take_reference(const float (&s)[COUNT])
+    template <int COUNT> __device__ __forceinline__ void take_reference(const float (&s)[COUNT], float unit_log2)
     {
         constexpr int FEW = COUNT < 32 ? COUNT : 32;
 #pragma unroll
@@ -51,40 +57,48 @@ struct online_softmax {
 #pragma unroll
             for (int i = 4; i < FEW; i += 4) max = fmaxf(max, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
             max = quad_max(max);
-            if (reference[r] == -INFINITY) reference[r] = max;
+            if (reference[r] == NOTHING) reference[r] = fmaxf(NOTHING, max);
         }
+        take_offset(unit_log2);
     }
 
     /*
-     * A tile's scores to weights. unit_log2 is (the unit of s) * log2(e), positive. Scores of float32's finfo.min, from
-     * a mask, are no harm: their product is -inf, unless they are the row's reference, which then is not small.
+     * A tile's scores to weights; s is used up. unit_log2 is (the unit of s) * log2(e), positive. Scores of float32's
+     * finfo.min, from a mask, are no harm: their product is -inf, unless they are the row's reference, which is then
+     * subtracted first.
      * settle(): called before p and out are touched, which a product may use until then.
      */
     template <class T, int COUNT, int OUT, class Settle>
-    __device__ __forceinline__ void step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
+    __device__ __forceinline__ void step(float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
                                          float unit_log2, Settle settle)
     {
-        if constexpr (MASK == mask_class::general) return step_with_maximum<T>(s, p, out, unit_log2, settle);
-        settle();
         float tile_sum[2];
-        weigh<T, false>(s, p, tile_sum, reference, unit_log2);
-        /* False for NaN, too, and for a row that has seen nothing, whose reference is -inf. */
-        const bool sums_fit = tile_sum[0] < MOST && tile_sum[1] < MOST;
-        if (__all_sync(0xffffffffu, sums_fit && rounds_well(reference, unit_log2))) {
-            sum[0] += tile_sum[0];
-            sum[1] += tile_sum[1];
+        if constexpr (MASK == mask_class::general) {
+            take_maximum(s, out, unit_log2, settle);
+            take_offset(unit_log2);
+            if (__any_sync(0xffffffffu, isnan(offset[0] + offset[1]))) subtract_reference(s);
+            weigh<T>(s, p, tile_sum, unit_log2);
         } else {
-            step_with_maximum<T>(s, p, out, unit_log2, [] {});
+            settle();
+            weigh<T>(s, p, tile_sum, unit_log2);
+            if (!__all_sync(0xffffffffu, tile_sum[0] < MOST && tile_sum[1] < MOST)) { /* or NaN */
+                take_maximum(s, out, unit_log2, [] {});
+                subtract_reference(s);
+                weigh<T>(s, p, tile_sum, unit_log2);
+                take_offset(unit_log2);
+            }
         }
+        sum[0] += tile_sum[0];
+        sum[1] += tile_sum[1];
     }
 
   private:
-    /* The classical step. */
-    template <class T, int COUNT, int OUT, class Settle>
-    __device__ __forceinline__ void step_with_maximum(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
-                                                      float (&out)[OUT], float unit_log2, Settle settle)
+    /* The classical step's first half: the reference becomes the maximum so far, and sum and out follow it. */
+    template <int COUNT, int OUT, class Settle>
+    __device__ __forceinline__ void take_maximum(const float (&s)[COUNT], float (&out)[OUT], float unit_log2,
+                                                 Settle settle)
     {
-        float next[2], finite[2], tile_sum[2];
+        float next[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float even = s[2 * r], odd = s[2 * r + 1];
@@ -94,14 +108,13 @@ struct online_softmax {
                 odd = fmaxf(odd, s[i + 2 * r + 1]);
             }
             next[r] = fmaxf(reference[r], quad_max(fmaxf(even, odd)));
-            finite[r] = next[r] == -INFINITY ? 0.0f : next[r]; /* so that -inf - -inf hides, too */
         }
         const bool grows = __any_sync(0xffffffffu, next[0] != reference[0] || next[1] != reference[1]);
         float shrink[2];
         if (grows) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                shrink[r] = ex2_approx_ftz((reference[r] - finite[r]) * unit_log2);
+                shrink[r] = ex2_approx_ftz((reference[r] - next[r]) * unit_log2);
                 sum[r] *= shrink[r];
                 reference[r] = next[r];
             }
@@ -111,13 +124,6 @@ struct online_softmax {
 #pragma unroll
             for (int i = 0; i < OUT; i++) out[i] *= shrink[i / 2 % 2];
         }
-        if (MASK == mask_class::general && __all_sync(0xffffffffu, rounds_well(finite, unit_log2))) {
-            weigh<T, false>(s, p, tile_sum, finite, unit_log2);
-        } else {
-            weigh<T, true>(s, p, tile_sum, finite, unit_log2);
-        }
-        sum[0] += tile_sum[0];
-        sum[1] += tile_sum[1];
     }
 
     /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. */
@@ -126,30 +132,38 @@ struct online_softmax {
      * here less than what rounding p costs; the classical step has no cause to let lse lose so much. Rows beyond
      * subtract first. */
     static constexpr float LARGE = MASK == mask_class::general ? 128 : 4096;
-    static __device__ __forceinline__ bool rounds_well(const float (&subtract)[2], float unit_log2)
+    __device__ __forceinline__ void take_offset(float unit_log2)
     {
-        return fmaxf(fabsf(subtract[0]), fabsf(subtract[1])) * unit_log2 < LARGE;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float exact = reference[r] * unit_log2;
+            offset[r] = fabsf(exact) < LARGE ? exact : NAN;
+            if (MASK != mask_class::general && reference[r] == NOTHING) offset[r] = NOTHING;
+        }
     }
 
-    /* p = exp(unit * (s - subtract)) and its sums. SUBTRACT_FIRST: exact also where the products are large. */
-    template <class T, bool SUBTRACT_FIRST, int COUNT>
-    static __device__ __forceinline__ void weigh(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2],
-                                                 float (&tile_sum)[2], const float (&subtract)[2], float unit_log2)
+    /* s becomes s - reference, and offset none: exact also where reference * unit is large. */
+    template <int COUNT> __device__ __forceinline__ void subtract_reference(float (&s)[COUNT])
     {
-        const float offset[2] = {subtract[0] * unit_log2, subtract[1] * unit_log2};
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) s[i] -= reference[i / 2 % 2];
+        offset[0] = offset[1] = 0;
+    }
+
+    /* p = exp(unit * s - offset) and its sums. */
+    template <class T, int COUNT>
+    __device__ __forceinline__ void weigh(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&tile_sum)[2],
+                                          float unit_log2) const
+    {
         float first[2] = {}, second[2] = {}; /* two chains: a warp is alone on its scheduler with their latency */
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
             const int r = i / 2 % 2;
-            float x[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                x[e] = ex2_approx_ftz(SUBTRACT_FIRST ? (s[i + e] - subtract[r]) * unit_log2
-                                                     : fmaf(s[i + e], unit_log2, -offset[r]));
-            }
-            first[r] += x[0];
-            second[r] += x[1];
-            p[i / 2] = pack<T>(x[0], x[1]);
+            const float x = ex2_approx_ftz(fmaf(s[i], unit_log2, -offset[r]));
+            const float y = ex2_approx_ftz(fmaf(s[i + 1], unit_log2, -offset[r]));
+            first[r] += x;
+            second[r] += y;
+            p[i / 2] = pack<T>(x, y);
         }
         tile_sum[0] = first[0] + second[0];
         tile_sum[1] = first[1] + second[1];

@@ -118,7 +118,8 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         }
         mbarrier_init(at(smem.parts_full), 1);
         if (HAS_MASKS)
-            for (int w = 0; w < THREADS / 32; w++) mbarrier_init(at(smem.mask_come[w]), 1);
+            for (int w = 0; w < THREADS / 32; w++)
+                mbarrier_init(at(smem.mask_come[w]), mask_tiles::arrivals(*params.mask));
         fence_mbarrier_init();
         if (num_splits > 1 && rank == 0)
             mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
@@ -166,9 +167,9 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     };
     const auto finish_mask = [&] {
         if (args.attn_mask.dtype == FC_NONE) return fc::shown::all;
-        masks.wait(mask_come, mask_phase);
+        mbarrier_wait(mask_come, mask_phase);
         mask_phase ^= 1;
-        return args.attn_mask.dtype == FC_BOOL ? masks.look_at_bools(mask) : fc::shown::some;
+        return args.attn_mask.dtype == FC_BOOL ? masks.template look_at_bools<16>(mask, 0) : fc::shown::some;
     };
     const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, masks, work, row);
     const auto weigh = [&](auto is_first) {
@@ -182,7 +183,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             for (int r = 0; r < 2; r++)
                 fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
         }
-        if constexpr (is_first && MASK != mask_class::general) softmax.take_reference(s);
+        if constexpr (is_first && MASK != mask_class::general) softmax.take_reference(s, unit_log2);
         softmax.step<T>(s, p, out, unit_log2, [] {});
     };
 

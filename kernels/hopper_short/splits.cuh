@@ -48,9 +48,8 @@ __device__ __forceinline__ void join_part(float (&out)[HEAD_DIM / 2], online_sof
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float reference = fmaxf(softmax.reference[r], references[r]);
-        const float finite = reference == -INFINITY ? 0.0f : reference;
-        own_shrink[r] = ex2_approx_ftz((softmax.reference[r] - finite) * unit_log2);
-        other_shrink[r] = ex2_approx_ftz((references[r] - finite) * unit_log2);
+        own_shrink[r] = ex2_approx_ftz((softmax.reference[r] - reference) * unit_log2);
+        other_shrink[r] = ex2_approx_ftz((references[r] - reference) * unit_log2);
         softmax.reference[r] = reference;
         softmax.sum[r] = softmax.sum[r] * own_shrink[r] + sums[r] * other_shrink[r];
     }

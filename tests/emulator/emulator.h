@@ -68,6 +68,7 @@ void emulator_progress();
 struct emulator_meeting {
     int arrived = 0;
     unsigned generation = 0;
+    bool any_so_far = false, any = false; /* bar_any's */
 };
 template <class Meet> void emulator_meet(emulator_meeting &meeting, int members, Meet meet)
 {

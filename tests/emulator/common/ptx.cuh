@@ -154,5 +154,12 @@ inline void bar_sync(int barrier, int threads)
 {
     emulator_meet(emulator_named_barriers[emulator_named(barrier)], threads, [] {});
 }
+inline bool bar_any(int barrier, int threads, bool x)
+{
+    emulator_meeting &it = emulator_named_barriers[emulator_named(barrier)];
+    it.any_so_far |= x;
+    emulator_meet(it, threads, [&] { it.any = it.any_so_far, it.any_so_far = false; });
+    return it.any;
+}
 
 #endif /* FC_COMMON_PTX_CUH */
