@@ -65,8 +65,7 @@ static enum fc_mask_class mask_class(const fc_forward_args *args)
     bool biased = args->softcap != 0 || adds_mask || args->alibi_slopes.dtype != FC_NONE;
     if (biased || !((float)args->scale > 0)) return fc_mask_general;
     if (has_mask) return fc_mask_unbiased;
-    bool open = args->band_left <= -args->seqlen_q + 1 && args->band_right >= args->seqlen_k - 1;
-    return open ? fc_mask_full : fc_mask_band;
+    return fc_is_open_left(args) && fc_is_open_right(args) ? fc_mask_full : fc_mask_band;
 }
 
 static const char *mask_name(const fc_forward_args *args)

@@ -164,12 +164,6 @@ double fc_hopper_weight(const fc_kernel *kernel)
     return kernel->head_dim <= 64 ? 1 : kernel->head_dim <= 128 ? 1.45 : 2.6;
 }
 
-/* Every row sees every key, as far as the band goes. */
-static bool is_open(const fc_forward_args *args)
-{
-    return visible_keys(args, 0, 1) == args->seqlen_k && visible_keys(args, args->seqlen_q - 1, 1) == args->seqlen_k;
-}
-
 /* Cycles beyond what every call costs: those of the block with the most to do, 0.088 a row and key, where a tile's own
  * cost is that of 256 keys; two warpgroups take 20% more than three, and four with narrow tiles of keys 3%. Measured on
  * an H100. */
@@ -178,7 +172,7 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
     int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
     double cost = (double)(256 + args->seqlen_k), load = cost * (double)rounds;
-    if (!is_open(args)) { /* tiles differ, and are dealt evenly */
+    if (!fc_is_open_left(args) || !fc_is_open_right(args)) { /* tiles differ, and are dealt evenly */
         double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
         load = (256 + mean) * (double)plan->grid / (double)plan->num_blocks;
         if (load < 256 + most) load = 256 + most;
@@ -201,7 +195,7 @@ double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kerne
 {
     if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
     plan->workspace_bytes = mask_copy_bytes(args);
-    if (is_open(args)) {
+    if (fc_is_open_left(args) && fc_is_open_right(args)) {
         fc_hopper_group_by_keys(args, plan);
     } else {
         choose_groups(args, device, kernel->block_m, plan);

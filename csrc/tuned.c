@@ -66,8 +66,8 @@ static uint64_t options_of(const fc_forward_args *args)
 static uint64_t band_of(const fc_forward_args *args, int64_t *keys)
 {
     *keys = 0;
-    bool left_open = args->band_left <= -args->seqlen_q + 1, right_open = args->band_right >= args->seqlen_k - 1;
-    if (left_open && right_open) return OPEN;
+    bool left_open = fc_is_open_left(args);
+    if (left_open && fc_is_open_right(args)) return OPEN;
     *keys = left_open ? args->seqlen_q + args->band_right : args->band_right - args->band_left + 1;
     if (*keys > args->seqlen_k) *keys = args->seqlen_k;
     return left_open ? CAUSAL : WINDOW;

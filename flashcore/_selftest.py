@@ -79,6 +79,7 @@ _PROBLEMS = [
     Problem("bool mask, head_dim 40", (1, 2, 2, 140, 140, 40), {"is_causal": True}, mask=bool),
     Problem("bool mask, head_dim 256", (1, 2, 1, 150, 140, 256), mask=bool),
     Problem("sinks, head_dim 40", (1, 2, 2, 140, 140, 40), {"is_causal": True}, sinks=True),
+    Problem("sinks, head_dim 256", (1, 2, 1, 150, 140, 256), sinks=True),
     Problem("added mask, alibi, sinks", (2, 4, 2, 140, 300, 64), mask=float, alibi=True, sinks=True),
     Problem("softcap, head_dim 128", (1, 2, 2, 210, 140, 128), {"softcap": 3.0}),
     Problem("alibi, head_dim 256", (1, 2, 2, 150, 140, 256), alibi=True),
