@@ -16,7 +16,6 @@
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
  *     query_empty[stage]     every computing warp, after the tile's last q.k         it may be overwritten
- *                            (is_narrowed: and every warp that brings the mask)
  *     key_full[stage]        its copies                                              this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
@@ -89,7 +88,7 @@ struct shared_memory {
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) uint8_t mask[WARPGROUPS][MASK_BYTES];
     int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
-    fc::shown_keys shown;                                   /* the copying warp's own */
+    fc::shown_keys shown[1 + WARPGROUPS];                   /* each copying warp's own */
     fc::shown mask_shows[WARPGROUPS][MASK_STAGES];          /* with mask, of a general call */
     uint64_t query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
@@ -138,12 +137,6 @@ static __device__ __forceinline__ bool each_tells(const forward_params &params)
     return HAS_MASKS && !params.mask->is_mapped;
 }
 
-/* A mask that is the same for all rows is searched for the keys that it leaves, of which mask warps hear with query. */
-static __device__ __forceinline__ bool is_narrowed(const forward_params &params)
-{
-    return HAS_MASKS && params.args.attn_mask.dtype != FC_NONE && !params.mask->by_row;
-}
-
 /* Where a role stands in a ring of stages. */
 template <int COUNT> struct ring {
     int stage = 0;
@@ -179,7 +172,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
         if (work.first == work.end) continue; /* the rows see no key */
         if (HAS_MASKS) {
             __syncwarp();
-            fc::narrow<T>(work, smem.shown, params.args.attn_mask, *params.mask, params.schedule);
+            fc::narrow<T>(work, smem.shown[0], params.args.attn_mask, *params.mask, params.schedule);
             if (threadIdx.x % 32 != 0) continue;
         }
         if (work.first == work.end) load_query();
@@ -207,7 +200,6 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
 {
     constexpr int NUM_STAGES = num_mask_stages(M::dtype);
     const int lane = threadIdx.x % 32;
-    ring<QUERY_STAGES> queries;
     ring<MASK_STAGES> started, told;
     uint32_t turn = 0;
     fc::tile_work work = {};
@@ -233,17 +225,8 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
         told.next(NUM_STAGES);
     };
     while (fc::next_tile(params.schedule, turn, work)) {
-        if (work.first < work.end && is_narrowed(params)) {
-            mbarrier_wait(at(smem.query_full[queries.stage]), queries.phase);
-            if (lane == 0) {
-                work.first = smem.first_shown[queries.stage];
-                work.end = smem.end_shown[queries.stage];
-            }
-            work.first = __shfl_sync(0xffffffffu, work.first, 0);
-            work.end = __shfl_sync(0xffffffffu, work.end, 0);
-            if (lane == 0) mbarrier_arrive(at(smem.query_empty[queries.stage]));
-            queries.next();
-        }
+        if (work.first < work.end)
+            fc::narrow<T>(work, smem.shown[1 + warpgroup], params.args.attn_mask, *params.mask, params.schedule);
         const fc::rows_view view(params.schedule, work, warpgroup);
         int next = view.end - 1; /* to be started */
 #pragma unroll 1
@@ -523,12 +506,11 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
 /* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
 template <int COUNT>
-static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT],
-                                                     int readers = 4 * WARPGROUPS)
+static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT])
 {
     for (int stage = 0; stage < COUNT; stage++) {
         mbarrier_init(at(full[stage]), 1);
-        mbarrier_init(at(empty[stage]), readers);
+        mbarrier_init(at(empty[stage]), 4 * WARPGROUPS);
     }
 }
 
@@ -541,7 +523,7 @@ static __global__ __launch_bounds__(THREADS,
         prefetch_tensormap(&params.query);
         prefetch_tensormap(&params.key);
         prefetch_tensormap(&params.value);
-        init_barriers(smem.query_full, smem.query_empty, (is_narrowed(params) ? 5 : 4) * WARPGROUPS);
+        init_barriers(smem.query_full, smem.query_empty);
         init_barriers(smem.key_full, smem.key_empty);
         init_barriers(smem.value_full, smem.value_empty);
         for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
@@ -554,7 +536,7 @@ static __global__ __launch_bounds__(THREADS,
         fence_mbarrier_init();
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
-    if (HAS_MASKS && threadIdx.x == 0) smem.shown.row = -1;
+    if (HAS_MASKS && threadIdx.x <= WARPGROUPS) smem.shown[threadIdx.x].row = -1;
     if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
     if (threadIdx.x == 64) { /* Gains 7% where all keys fit on chip at once; where more follow, little or nothing. */
         uint32_t turn = 0;
