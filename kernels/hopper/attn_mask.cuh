@@ -23,6 +23,7 @@
 #include "common/types.cuh"
 #include "common/variant.h"
 #include "hopper/schedule.cuh"
+#include "hopper/scores.cuh"
 #include "hopper/tiles.cuh"
 
 namespace fc {
@@ -194,6 +195,13 @@ template <class T, int ROWS> struct mask_tiles {
     __device__ __forceinline__ void hide(float (&s)[BLOCK_N / 2], const uint8_t *tile, int first_row) const
     {
         const int lane = threadIdx.x % 32;
+        /* Elsewhere more code costs what this gains. */
+        if (MASK == mask_class::unbiased && ROWS == 64 && !params.by_row) {
+            const uint32_t shown = shown_columns(tile);
+            fc::hide(s, 0, shown);
+            fc::hide(s, 1, shown);
+            return;
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const uint32_t from = place<boolean>(params.by_row ? first_row + lane / 4 + 8 * r : 0, 0) + lane % 4 * 2;
@@ -210,6 +218,22 @@ template <class T, int ROWS> struct mask_tiles {
     const fc_tensor &mask;
     const mask_params &params;
     const schedule &all;
+
+    /* A bit for each of this thread's numbers of a row (as columns_below has them), where all rows are the same: column
+     * 2 i + e of thread t is key 8 i + 2 t + e. A lane looks at one column of each of the quad's four threads. */
+    __device__ __forceinline__ uint32_t shown_columns(const uint8_t *row) const
+    {
+        const int lane = threadIdx.x % 32;
+        uint32_t own = 0;
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const bool is_column = BLOCK_N / 4 == 32 || lane < BLOCK_N / 4;
+            const uint32_t columns =
+                __ballot_sync(0xffffffffu, is_column && row[8 * (lane / 2) + 2 * t + lane % 2] != 0);
+            if (lane % 4 == t) own = columns;
+        }
+        return own;
+    }
 
     static constexpr int SLAB_BYTES = ROWS * 128; /* where there is more than one */
     template <class M> static constexpr int COLUMNS = mask_slab_bytes(M::dtype) / (int)sizeof(typename M::element);
