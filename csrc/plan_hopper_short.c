@@ -9,17 +9,16 @@
 
 #include "internal.h"
 
-enum { SMEM_BYTES = 227 * 1024, SM_SMEM_BYTES = 228 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
+enum { SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
 
 /* A block's shared memory, as kernels/hopper_short/forward.cu lays it out, and 1 KiB that the system keeps. */
 static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, int64_t splits)
 {
     int64_t row_bytes = kernel->head_dim * 2,
             tiles = fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
-    int64_t part_bytes = (kernel->head_dim / 2 + 4) * (int64_t)sizeof(float) * kernel->threads;
     int64_t mask_bytes = kernel->threads / 32 * fc_hopper_short_mask_bytes(&args->attn_mask, kernel->block_n);
     return BARRIER_BYTES + kernel->block_m * row_bytes + 2 * tiles * kernel->block_n * row_bytes +
-           (splits - 1) * part_bytes + mask_bytes;
+           fc_hopper_short_parts_bytes(kernel->head_dim, kernel->threads, splits) + mask_bytes;
 }
 
 /* The fewest splits with which it fits; 0: none. */
@@ -35,54 +34,99 @@ bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel
     return least_splits(args, kernel) > 0;
 }
 
+static bool has_masks(const fc_kernel *kernel)
+{
+    return kernel->mask == fc_mask_unbiased || kernel->mask == fc_mask_general;
+}
+
 /* Blocks that a multiprocessor holds, by registers (as the kernel bounds them) and by shared memory. */
 static int64_t blocks_that_fit(const fc_kernel *kernel, int64_t bytes)
 {
-    bool has_masks = kernel->mask == fc_mask_unbiased || kernel->mask == fc_mask_general;
-    int64_t warpgroups = FC_HOPPER_SHORT_WARPGROUPS(kernel->block_n, kernel->head_dim, has_masks);
-    int64_t by_registers = warpgroups / (kernel->block_m / 64), by_smem = SM_SMEM_BYTES / (bytes + 1024);
+    int64_t warpgroups = FC_HOPPER_SHORT_WARPGROUPS(kernel->block_n, kernel->head_dim, has_masks(kernel));
+    int64_t by_registers = warpgroups / (kernel->block_m / 64);
+    int64_t by_smem = FC_HOPPER_SM_SMEM_BYTES / (bytes + 1024);
     return by_registers < by_smem ? by_registers : by_smem;
+}
+
+/* A grid, and the multiprocessors that it may have. */
+struct layout {
+    int64_t tiles, splits, sms;
+    int64_t fit, per_sm; /* blocks on a multiprocessor: at most, and this call's */
+};
+
+static struct layout layout_of(const fc_kernel *kernel, int64_t tiles, int64_t splits, int64_t bytes, int64_t sms)
+{
+    /* Of a cluster's multiprocessors, which are neighbours, a large one leaves some over. */
+    int64_t usable = splits > 2 ? sms - sms / 8 : sms, fit = blocks_that_fit(kernel, bytes);
+    return (struct layout){
+        .tiles = tiles, .splits = splits, .sms = sms, .fit = fit, .per_sm = fc_divide_up(tiles * splits, usable)};
+}
+
+/* Of the longest tile's keys, how many a tile sees in the mean. */
+static double share_of_longest(const fc_forward_args *args, const fc_kernel *kernel, int64_t tiles)
+{
+    if (kernel->mask != fc_mask_band) return 1;
+    double most, mean = fc_hopper_mean_keys(args, kernel->block_m, tiles / (args->batch * args->num_heads_q), &most);
+    return most > 0 ? mean / most : 1;
 }
 
 /*
  * Cycles beyond what every call costs. A warpgroup alone takes some 600 and then 850 for 64 keys or 1300 for 128; the
- * second of its block adds some 770 and 3 or 6 a key, and each further block 600 and 0.10 a row and key. Each further
- * turn of a multiprocessor costs 6500 more; where a mask makes tiles unequal the long ones come first, and short ones
- * fill the gaps, so turns need not be whole. Measured on an H100 (docs/hopper_short.md).
+ * second of its block adds some 770 and 3 or 6 a key, each further block 600 and 0.10 a row and key, and joining parts
+ * 600 for each. Each further turn of a multiprocessor costs 6500 more; where a mask makes tiles unequal the long ones
+ * come first, and short ones fill the gaps, so turns need not be whole. Measured on an H100 (docs/hopper_short.md).
  */
-static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device, int64_t tiles,
-                       int64_t splits)
+static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const struct layout *of, double share)
 {
-    int64_t sms = device->num_sms > 0 ? device->num_sms : 1, blocks = tiles * splits;
-    int64_t fit = blocks_that_fit(kernel, smem_bytes(args, kernel, splits));
-    int64_t per_sm = fc_divide_up(blocks, sms);
-    /* Beside the last blocks of the kernel before, those of this one do not spread evenly. */
-    if (fit > 1 && per_sm == 1 && 2 * blocks > sms) per_sm = 2;
-    double more_turns = (double)(fc_divide_up(per_sm, fit) - 1), share = 1;
-    if (kernel->mask == fc_mask_band) {
-        double most;
-        share = fc_hopper_mean_keys(args, kernel->block_m, tiles / (args->batch * args->num_heads_q), &most) / most;
-        more_turns = fmax(0, (double)blocks / (double)(sms * fit) - 1);
-    }
+    int64_t together = of->per_sm < of->fit ? of->per_sm : of->fit;
+    double more_turns = (double)(fc_divide_up(of->per_sm, of->fit) - 1);
+    if (kernel->mask == fc_mask_band)
+        more_turns = fmax(0, (double)(of->tiles * of->splits) / (double)(of->sms * of->fit) - 1);
     bool is_wide = kernel->block_n == 128;
-    double steps = (double)fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
+    double steps = (double)fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), of->splits);
     double keys = steps * kernel->block_n, alone = 600 + steps * (is_wide ? 1300 : 850);
-    if (kernel->block_m > 64) alone += 770 + (is_wide ? 6.4 : 3.2) * keys;
-    double beside = (double)((per_sm < fit ? per_sm : fit) - 1) * (600 + 0.10 * kernel->block_m * keys * share);
-    double weight = fc_hopper_weight(kernel), join = splits > 1 ? 1500 : 0;
-    return (alone + beside) * weight + join + more_turns * ((alone * share + beside) * weight + join + 6500);
+    if (kernel->block_m > 64) alone += 770 + (is_wide ? 6.2 : 3.2) * keys;
+    double beside = (double)(together - 1) * (600 + 0.10 * kernel->block_m * keys * share);
+    double weight = fc_hopper_weight(kernel), join = of->splits > 1 ? 600 * (double)of->splits : 0;
+    return (alone + beside + join) * weight + more_turns * ((alone * share + beside + join) * weight + 6500);
+}
+
+/*
+ * Has every multiprocessor get as many blocks. Those of a dependent launch are placed while the kernels before it hold
+ * some multiprocessors more than others, and crowd on the rest. So blocks without a tile fill up the grid, and of those
+ * that fit on a multiprocessor only so many may that whole calls do, or two calls' where clusters are large. Gains
+ * nothing where no more fit anyway, or where the grid is small; with masks, nothing beyond one block each.
+ */
+static void lay_evenly(fc_plan *plan, const fc_kernel *kernel, const struct layout *of)
+{
+    if (of->per_sm >= of->fit || 8 * plan->num_blocks < of->sms || (has_masks(kernel) && of->per_sm > 1)) return;
+    int64_t calls = of->fit / of->per_sm;
+    if (of->splits > 2 && calls > 2) calls = 2;
+    plan->num_blocks = of->per_sm * of->sms / of->splits * of->splits;
+    plan->blocks_per_sm = (int32_t)(calls * of->per_sm);
 }
 
 double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                                    fc_plan *plan)
 {
-    int64_t splits = least_splits(args, kernel), tiles = plan->grid;
-    /* More only while half the multiprocessors have no block, and a block keeps 256 keys. */
-    while (2 * splits <= MOST_SPLITS && tiles * 2 * splits * 2 <= device->num_sms &&
-           args->seqlen_k >= 2 * splits * 256 && smem_bytes(args, kernel, 2 * splits) <= SMEM_BYTES)
-        splits *= 2;
-    plan->num_splits = (int32_t)splits;
-    plan->num_blocks = tiles * splits;
+    int64_t tiles = plan->grid, sms = device->num_sms > 0 ? device->num_sms : 1;
+    double share = share_of_longest(args, kernel, tiles);
+    int64_t least = least_splits(args, kernel);
+    struct layout best = layout_of(kernel, tiles, least, smem_bytes(args, kernel, least), sms);
+    double cycles = estimate(args, kernel, &best, share);
+    /* More than must be only while they gain, have multiprocessors, and each block keeps 128 keys. */
+    for (int64_t splits = 2 * least; splits <= MOST_SPLITS; splits *= 2) {
+        int64_t bytes = smem_bytes(args, kernel, splits);
+        if (tiles * splits > sms || args->seqlen_k < 128 * splits || bytes > SMEM_BYTES) break;
+        struct layout layout = layout_of(kernel, tiles, splits, bytes, sms);
+        double its_cycles = estimate(args, kernel, &layout, share);
+        if (its_cycles >= cycles) break;
+        cycles = its_cycles;
+        best = layout;
+    }
+    plan->num_splits = (int32_t)best.splits;
+    plan->num_blocks = tiles * best.splits;
+    lay_evenly(plan, kernel, &best);
     /* Long tiles first, where they differ. */
     if (kernel->mask == fc_mask_full) {
         fc_hopper_group_by_keys(args, plan);
@@ -90,5 +134,5 @@ double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel 
         plan->heads_at_once = args->batch * args->num_heads_q;
         plan->num_groups = 1;
     }
-    return estimate(args, kernel, device, tiles, splits);
+    return cycles;
 }

@@ -184,11 +184,11 @@ typedef struct fc_plan {
     int32_t num_threads;      /* CPU threads at most (a small call wakes none), or CUDA threads per block */
     uint32_t slow;            /* FC_SLOW_* bits */
     int64_t grid;             /* tiles of the output: tasks on the CPU */
-    int64_t num_blocks;       /* thread blocks that share the tiles on a GPU; 0 on the CPU */
+    int64_t num_blocks;       /* thread blocks of the launch on a GPU, of which some may have no tile; 0 on the CPU */
     int64_t heads_at_once;    /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
     int64_t num_groups;       /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
     int32_t tuned;            /* 1: fc_tuned_add's choice, not the planner's own */
-    int32_t reserved;         /* 0 */
+    int32_t blocks_per_sm;    /* more are kept from sharing a multiprocessor; 0: as many as fit */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */

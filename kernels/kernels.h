@@ -92,6 +92,9 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 /* The portable backward's workspace, for each row of each query head. */
 #define FC_PORTABLE_BACKWARD_ROW_BYTES 16
 
+/* Shared memory of a Hopper multiprocessor; the system keeps 1 KiB for each block. */
+#define FC_HOPPER_SM_SMEM_BYTES (228 * 1024)
+
 /* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out; some 16
  * for options) and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the
  * planner's. */
@@ -106,6 +109,16 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
 static inline int64_t fc_hopper_short_mask_bytes(const fc_tensor *mask, int64_t block_n)
 {
     return 16 * block_n * fc_dtype_bytes(mask->dtype);
+}
+
+/* What a warp of kernels/hopper_short holds at the end, of 16 rows: out, sums and references, in float32. */
+#define FC_HOPPER_SHORT_PART_BYTES(head_dim) (((head_dim) / 2 + 4) * 4 * 32)
+
+/* Shared memory for the parts that a block gets from the others of its cluster, in whole KiB. */
+static inline int64_t fc_hopper_short_parts_bytes(int64_t head_dim, int64_t threads, int64_t splits)
+{
+    int64_t warps = threads / 32, joined = splits < warps ? warps / splits : 1;
+    return (joined * (splits - 1) * FC_HOPPER_SHORT_PART_BYTES(head_dim) + 1023) / 1024 * 1024;
 }
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of

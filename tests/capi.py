@@ -99,7 +99,7 @@ class Plan(ctypes.Structure):
         ("heads_at_once", ctypes.c_int64),
         ("num_groups", ctypes.c_int64),
         ("tuned", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("blocks_per_sm", ctypes.c_int32),
     ]
 
 

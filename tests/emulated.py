@@ -84,11 +84,11 @@ def attention(
     layout: str = "bhsd",
     num_sms: int = 3,
     kernel: bytes = b"hopper",
-    num_splits: list[int] | None = None,
+    plans: list[capi.Plan] | None = None,
     **options: Any,
 ) -> tuple[Array, Array] | None:
     """Out and lse, NaN where nothing was written; None where no row of the family serves. options: attention()'s. Few
-    multiprocessors make many tiles for each. num_splits: takes the plan's."""
+    multiprocessors make many tiles for each. plans: takes the plan."""
     if layout == "bshd":
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
@@ -101,8 +101,8 @@ def attention(
     status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(plan))
     if status == capi.UNSUPPORTED:
         return None
-    if num_splits is not None:
-        num_splits.append(plan.num_splits)
+    if plans is not None:
+        plans.append(plan)
     assert status == capi.OK, f"status {status}: a block is stuck" if status < 0 else f"status {status}"
     return (out.swapaxes(1, 2) if layout == "bshd" else out), lse
 

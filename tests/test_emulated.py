@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import capi
 import cases
 import emulated
 import numpy as np
@@ -89,19 +90,33 @@ def test_every_row(row: list[str]) -> None:
         if mask == "general":
             options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4), "softcap": 5.0}
             options |= {"alibi_slopes": np.float32([0.5, 0.1])}
-        plan: list[int] = []
+        plans: list[capi.Plan] = []
         result = emulated.attention(
-            emulated.library(family), q, k, v, kernel=kernel, num_sms=132, num_splits=plan, **options
+            emulated.library(family), q, k, v, kernel=kernel, num_sms=132, plans=plans, **options
         )
         if result is None:
             assert family == "hopper_short" and keys * d > 30_000, "no more than that fits"
             continue
-        splits.update(plan)
+        splits.update(plan.num_splits for plan in plans)
         reference.expect(q, k, v, **options).check(*result)
-    if family == "hopper":
-        assert splits == {1}
-    elif m == 64:
-        assert max(splits) >= 2  # twice as many rows leave less room for what is joined
+    assert splits == {1} if family == "hopper" else max(splits) >= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True}], ids=str)
+@pytest.mark.parametrize("heads,keys,splits", [(2, 130, 1), (1, 280, 2)])
+def test_blocks_without_a_tile(heads: int, keys: int, splits: int, options: dict[str, Any]) -> None:
+    """Of short calls, which fill up the multiprocessors: three tiles a head, of one block or two."""
+    q, k, v = _qkv(130, keys, 64, heads=heads, heads_kv=1)
+    if "attn_mask" in options:
+        options = {"attn_mask": np.arange(keys).reshape(1, 1, 1, keys) % 5 != 3}
+    plans: list[capi.Plan] = []
+    result = emulated.attention(
+        emulated.library("hopper_short"), q, k, v, kernel=b"hopper_short", num_sms=11, plans=plans, **options
+    )
+    assert result is not None
+    reference.expect(q, k, v, **options).check(*result)
+    (plan,) = plans
+    assert (plan.num_splits, plan.num_blocks, plan.blocks_per_sm > 1) == (splits, 11 // splits * splits, True)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (70, 3)}, {"softcap": 5.0}], ids=str)

@@ -165,7 +165,7 @@ def test_around_the_edges_of_its_own_tiles(row: str) -> None:
 @pytest.mark.sanitize
 def test_keys_split_over_a_cluster(row: str) -> None:
     """Few tiles of rows and many keys: two, four and eight blocks share them, and some may get none."""
-    dtype, dim, word, block_m, _ = of_row(row)
+    dtype, dim, word, *_ = of_row(row)
     if "short" not in row:
         pytest.skip("this family does not split keys")
     splits = set()
@@ -178,7 +178,17 @@ def test_keys_split_over_a_cluster(row: str) -> None:
             assert splits and keys > 300, "no more than that fits"
             break
         check(q, k, v, **options)
-    assert max(splits) > 1 or block_m == 128  # whose parts take much room beside 128 columns of keys
+    assert max(splits) > 1
+
+
+@pytest.mark.sanitize
+def test_blocks_without_a_tile(row: str) -> None:
+    """Of a call that has a block for most multiprocessors, and each tile of which may have two: the rest is idle."""
+    dtype, dim, word, block_m, _ = of_row(row)
+    if "short" not in row:
+        pytest.skip("this family has no more blocks than tiles")
+    for heads, keys in [(110, 60), (50, 280)]:
+        check(*qkv(block_m - 3, keys, dim, heads=heads, dtype=dtype), **of_class(word))
 
 
 # Shapes

@@ -699,36 +699,60 @@ def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
 
 @needs_hopper_build
 @pytest.mark.parametrize(
-    "batch,heads,seqlen,flags,name,splits",
+    "batch,heads,seqlen,flags,name,splits,blocks",
     [
-        (1, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1),
-        (8, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1),
-        (16, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1),
-        (1, 8, 256, 0, "hopper_short_float16_d64_full_64x128", 1),
-        (16, 8, 256, 0, "hopper_short_float16_d64_full_128x64", 1),
-        (32, 8, 256, 0, "hopper_float16_d64_full_256x64", 1),
-        (1, 8, 512, 0, "hopper_short_float16_d64_full_64x128", 1),
-        (8, 8, 512, 0, "hopper_float16_d64_full_256x64", 1),
-        (1, 1, 512, 0, "hopper_short_float16_d64_full_64x128", 2),
-        (1, 1, 2048, 0, "hopper_short_float16_d64_full_64x128", 4),
-        (1, 8, 1024, 0, "hopper_short_float16_d64_full_128x64", 2),
-        (1, 8, 2048, 0, "hopper_float16_d64_full_128x128", 1),
-        (8, 32, 2048, 0, "hopper_float16_d64_full_256x64", 1),
-        (1, 32, 16384, 0, "hopper_float16_d64_full_192x128", 1),
-        (1, 8, 128, CAUSAL, "hopper_short_float16_d64_band_64x128", 1),
-        (1, 1, 512, CAUSAL, "hopper_short_float16_d64_band_64x128", 2),
+        (1, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 16),
+        (8, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 132),
+        (16, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 264),
+        (1, 8, 256, 0, "hopper_short_float16_d64_full_64x128", 2, 132),
+        (8, 8, 256, 0, "hopper_short_float16_d64_full_64x128", 1, 264),
+        (16, 8, 256, 0, "hopper_short_float16_d64_full_128x64", 1, 256),
+        (32, 8, 256, 0, "hopper_float16_d64_full_256x64", 1, 132),
+        (1, 8, 512, 0, "hopper_short_float16_d64_full_64x128", 2, 132),
+        (8, 8, 512, 0, "hopper_float16_d64_full_256x64", 1, 128),
+        (1, 1, 512, 0, "hopper_short_float16_d64_full_64x128", 4, 132),
+        (1, 1, 1024, 0, "hopper_short_float16_d64_full_64x128", 4, 132),
+        (1, 1, 2048, 0, "hopper_short_float16_d64_full_128x128", 4, 64),
+        (1, 8, 1024, 0, "hopper_short_float16_d64_full_128x128", 2, 128),
+        (1, 8, 2048, 0, "hopper_float16_d64_full_128x128", 1, 128),
+        (8, 32, 2048, 0, "hopper_float16_d64_full_256x64", 1, 132),
+        (1, 32, 16384, 0, "hopper_float16_d64_full_192x128", 1, 132),
+        (1, 8, 128, CAUSAL, "hopper_short_float16_d64_band_64x128", 1, 16),
+        (8, 8, 256, CAUSAL, "hopper_short_float16_d64_band_64x128", 1, 264),
+        (1, 1, 512, CAUSAL, "hopper_short_float16_d64_band_64x128", 4, 132),
     ],
 )
-def test_short_or_long(batch: int, heads: int, seqlen: int, flags: int, name: str, splits: int) -> None:
+def test_short_or_long(batch: int, heads: int, seqlen: int, flags: int, name: str, splits: int, blocks: int) -> None:
     status, plan = capi.plan(
         capi.shapes_only(
             batch=batch, num_heads_q=heads, num_heads_kv=heads, seqlen_q=seqlen, seqlen_k=seqlen, flags=flags
         ),
         HOPPER,
     )
-    assert (status, name_of(plan), plan.num_splits) == (OK, name, splits)
-    if "short" in name:
-        assert plan.num_blocks == plan.grid * splits
+    assert (status, name_of(plan), plan.num_splits, plan.num_blocks) == (OK, name, splits, blocks)
+
+
+@needs_hopper_build
+@pytest.mark.parametrize("num_sms", [1, 16, 114, 132])
+@pytest.mark.parametrize("flags", [0, CAUSAL])
+@pytest.mark.parametrize("heads,seqlen", [(h, s) for h in (1, 5, 8, 64, 100, 200, 600) for s in (64, 128, 300, 1000)])
+def test_short_grids_are_even(heads: int, seqlen: int, flags: int, num_sms: int) -> None:
+    """Where blocks are kept off a multiprocessor, all of the call find room in one turn, no cluster in part."""
+    problem = capi.shapes_only(
+        batch=1, num_heads_q=heads, num_heads_kv=heads, seqlen_q=seqlen, seqlen_k=seqlen, flags=flags,
+        kernel=b"hopper_short",
+    )  # fmt: skip
+    status, plan = capi.plan(problem, capi.gpu_device(90, num_sms))
+    if status != OK:
+        assert seqlen == 1000 and flags == 0, "all others fit"
+        return
+    used = plan.grid * plan.num_splits
+    assert plan.num_blocks % plan.num_splits == 0
+    if plan.blocks_per_sm == 0:
+        assert plan.num_blocks == used
+    else:
+        assert used <= plan.num_blocks <= plan.blocks_per_sm * num_sms
+        assert -plan.num_blocks % num_sms < plan.num_splits
 
 
 @needs_hopper_build

@@ -10,19 +10,20 @@
  * waits for its copies another computes.
  *
  * The trick is not to wait twice: a block is set up while the kernel before it in the stream still runs (dependent
- * launch), and where tiles are few, a cluster of blocks shares the keys of each and joins its parts of out through the
- * shared memory of the first.
+ * launch), and where tiles are few, a cluster of blocks shares the keys of each, and then its rows: every block joins
+ * the parts of out of some, which the others send to its shared memory.
  *
  *     barrier         completes by                            means
  *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read
  *     key_full[i]     its copies                              tile first + i of the keys may be read
  *     value_full[i]   its copies                              likewise, of the values
  *     mask_come[w]    its copies, for each tile               warp w's rows of attn_mask may be read
- *     parts_full      the other blocks' stores                in block 0 of a cluster: all parts are there
+ *     parts_full      the other blocks' stores                all parts of the rows that this block joins are there
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/launch.cuh"
@@ -54,7 +55,6 @@ constexpr int MOST_TILES = (SMEM_BYTES - 1024 - QUERY_BYTES) / (2 * KEY_BYTES);
 
 /* Each warp copies its own sixteen rows of a mask, one tile at a time. */
 using mask_tiles = fc::mask_tiles<T, 16>;
-static_assert(sizeof(fc::part) % 1024 == 0, "the swizzle goes by eight rows");
 
 struct key_and_value {
     T::element key[SLABS][BLOCK_N][64], value[SLABS][BLOCK_N][64];
@@ -72,7 +72,8 @@ struct forward_params {
     fc::schedule schedule;
     fc::option_params options;
     fc::fast_divisor by_splits;      /* blocks of a cluster */
-    int parts_offset;                /* in shared memory, behind the tiles: fc::part [num_splits - 1] */
+    fc::joining joining;             /* their rows */
+    int parts_offset;                /* in shared memory, behind the tiles: fc::part [joined warps][num_splits - 1] */
     int mask_offset;                 /* and behind these, of a mask: a tile of each warp */
     fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes cost time (launch.cuh) */
 };
@@ -121,14 +122,18 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
             for (int w = 0; w < THREADS / 32; w++)
                 mbarrier_init(at(smem.mask_come[w]), mask_tiles::arrivals(*params.mask));
         fence_mbarrier_init();
-        if (num_splits > 1 && rank == 0)
-            mbarrier_arrive_expect_tx(at(smem.parts_full), (num_splits - 1) * sizeof(fc::part));
+        if (num_splits > 1)
+            mbarrier_arrive_expect_tx(at(smem.parts_full), params.joining.parts_of(rank) * (int)sizeof(fc::part));
     }
     if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
     if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
     /* Gains 2 to 5% where a tile has 128 keys, and costs up to 10% where it has 64. */
-    if (BLOCK_N == 128 && threadIdx.x == 64) fc::prefetch_keys(params, work);
+    if (BLOCK_N == 128 && threadIdx.x == 64 && tile < params.schedule.num_tiles) fc::prefetch_keys(params, work);
     __syncthreads();
+    if (tile >= params.schedule.num_tiles) { /* holds a place until the kernels before have ended, for an even grid */
+        griddepcontrol_wait();
+        return;
+    }
     if (num_splits > 1) barrier_cluster_arrive_relaxed(); /* this block's barriers are there */
     griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */
     if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) load_all(params, smem, work);
@@ -217,15 +222,19 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         finish();
     }
     if (num_splits > 1) {
-        const auto *parts = (const fc::part *)(dynamic_shared() + params.parts_offset);
+        const int warp_of_block = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+        const int joiner = params.joining.rank_of(warp_of_block);
+        const auto *parts = (const fc::part *)(dynamic_shared() + params.parts_offset) +
+                            params.joining.first_part(warp_of_block); /* the other ranks', in their order */
         barrier_cluster_wait();
-        if (rank > 0) {
-            fc::send_part(out, softmax, mapa(shared_address(parts[rank - 1]), 0), mapa(at(smem.parts_full), 0));
+        if (rank != joiner) {
+            fc::send_part(out, softmax, mapa(shared_address(parts[rank - (rank > joiner)]), joiner),
+                          mapa(at(smem.parts_full), joiner));
             return;
         }
         mbarrier_wait(at(smem.parts_full), 0);
 #pragma unroll 1
-        for (int r = 1; r < num_splits; r++) fc::join_part(out, softmax, parts[r - 1], unit_log2);
+        for (int r = 0; r < num_splits - 1; r++) fc::join_part(out, softmax, parts[r], unit_log2);
         finish();
     }
     rows.write(out, args);
@@ -237,15 +246,26 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
     const int num_tiles = (int)((args->seqlen_k + BLOCK_N - 1) / BLOCK_N), num_splits = plan->num_splits;
     const int share = (num_tiles + num_splits - 1) / num_splits;
     const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
-    const int mask_offset = parts_offset + (num_splits - 1) * (int)sizeof(fc::part);
-    const int smem_bytes = mask_offset + THREADS / 32 * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
+    const int mask_offset = parts_offset + (int)fc_hopper_short_parts_bytes(HEAD_DIM, THREADS, num_splits);
+    const int used_bytes = mask_offset + THREADS / 32 * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
+    /* So much that no more blocks fit. */
+    const int share_bytes = plan->blocks_per_sm > 0 ? FC_HOPPER_SM_SMEM_BYTES / plan->blocks_per_sm - 1024 : 0;
     const fc::schedule schedule(*args, *plan);
-    forward_params params = {
-        {},           {},          {}, *args, schedule, fc::option_params(*args), fc::fast_divisor(num_splits),
-        parts_offset, mask_offset, {}};
+    forward_params params = {{},
+                             {},
+                             {},
+                             *args,
+                             schedule,
+                             fc::option_params(*args),
+                             fc::fast_divisor(num_splits),
+                             fc::joining(num_splits),
+                             parts_offset,
+                             mask_offset,
+                             {}};
     cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, *args, 16);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(
-        {plan->num_blocks, THREADS, smem_bytes, SMEM_BYTES, plan->num_splits, true}, stream, params);
+        {plan->num_blocks, THREADS, std::max(used_bytes, share_bytes), SMEM_BYTES, plan->num_splits, true}, stream,
+        params);
 }

@@ -1,10 +1,11 @@
 /*
  * splits.cuh - the keys of a row tile shared by a cluster of blocks: who takes which, and how their parts are joined.
  *
- * A part is what a thread holds at the end: out [HEAD_DIM / 2], and of its two rows the reference and the sum. Block 0
- * of the cluster joins them in the order of the ranks, so the result is the same each time. A thread's part goes to the
- * same thread, four numbers at a time in rows of THREADS, so that a warp writes and reads in one piece; a barrier of
- * block 0 counts the bytes.
+ * A part is what a warp holds at the end: out [HEAD_DIM / 2] of each thread, and of its two rows the reference and the
+ * sum. The blocks share that work, too: each joins the parts of a few warps' rows, and writes them. So parts travel in
+ * all directions at once, and no block waits for more than the others. A warp joins its own part and the others' in the
+ * order of their ranks, so the result is the same each time. A thread's part goes to the same thread, four numbers at a
+ * time in rows of 32, so that a warp writes and reads in one piece; a barrier of the joining block counts the bytes.
  */
 #ifndef FC_HOPPER_SHORT_SPLITS_CUH
 #define FC_HOPPER_SHORT_SPLITS_CUH
@@ -17,7 +18,28 @@
 namespace fc {
 
 constexpr int FOURS = HEAD_DIM / 8; /* of out */
-using part = float4[FOURS + 1][THREADS];
+using part = float4[FOURS + 1][32];
+static_assert(sizeof(part) == FC_HOPPER_SHORT_PART_BYTES(HEAD_DIM), "the planner reserves room");
+
+/* Rows are joined warp by warp: a rank's are as many warps as come to it, or one of several ranks has one. */
+constexpr int WARPS = THREADS / 32;
+struct joining {
+    int num_splits; /* a power of two */
+    int warps_each; /* of a rank that joins any */
+
+    explicit joining(int num_splits) : num_splits(num_splits), warps_each(num_splits < WARPS ? WARPS / num_splits : 1)
+    {
+    }
+    /* The rank that joins a warp's rows. */
+    __device__ __forceinline__ int rank_of(int warp) const { return warp * num_splits / WARPS; }
+    /* Where, there, the parts of this warp's rows begin, which the other ranks send. */
+    __device__ __forceinline__ int first_part(int warp) const { return (warp & (warps_each - 1)) * (num_splits - 1); }
+    /* How many parts a rank gets. */
+    __device__ __forceinline__ int parts_of(int rank) const
+    {
+        return (rank * WARPS & (num_splits - 1)) == 0 ? warps_each * (num_splits - 1) : 0;
+    }
+};
 
 /* Of a tile's keys those of one rank: the last tiles are rank 0's, and a late rank may get none. */
 __device__ __forceinline__ void take_share(tile_work &work, int rank, const fast_divisor &by_splits)
@@ -27,22 +49,22 @@ __device__ __forceinline__ void take_share(tile_work &work, int rank, const fast
     work.first = max(work.first, work.end - share);
 }
 
-/* to, full: addresses in the shared memory of block 0. */
+/* to, full: addresses in the shared memory of the block that joins. */
 __device__ __forceinline__ void send_part(const float (&out)[HEAD_DIM / 2], const online_softmax &softmax, uint32_t to,
                                           uint32_t full)
 {
-    to += threadIdx.x * sizeof(float4);
+    to += threadIdx.x % 32 * sizeof(float4);
 #pragma unroll
     for (int i = 0; i < FOURS; i++)
-        st_async(to + i * THREADS * sizeof(float4), full, out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
-    st_async(to + FOURS * THREADS * sizeof(float4), full, softmax.reference[0], softmax.reference[1], softmax.sum[0],
+        st_async(to + i * 32 * sizeof(float4), full, out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    st_async(to + FOURS * 32 * sizeof(float4), full, softmax.reference[0], softmax.reference[1], softmax.sum[0],
              softmax.sum[1]);
 }
 
 __device__ __forceinline__ void join_part(float (&out)[HEAD_DIM / 2], online_softmax &softmax, const part &other,
                                           float unit_log2)
 {
-    const float4 last = other[FOURS][threadIdx.x];
+    const float4 last = other[FOURS][threadIdx.x % 32];
     const float references[2] = {last.x, last.y}, sums[2] = {last.z, last.w};
     float own_shrink[2], other_shrink[2];
 #pragma unroll
@@ -55,7 +77,7 @@ __device__ __forceinline__ void join_part(float (&out)[HEAD_DIM / 2], online_sof
     }
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
-        const float4 four = other[i][threadIdx.x];
+        const float4 four = other[i][threadIdx.x % 32];
         out[4 * i] = out[4 * i] * own_shrink[0] + four.x * other_shrink[0];
         out[4 * i + 1] = out[4 * i + 1] * own_shrink[0] + four.y * other_shrink[0];
         out[4 * i + 2] = out[4 * i + 2] * own_shrink[1] + four.z * other_shrink[1];
