@@ -118,7 +118,7 @@ double fc_hopper_weight(const fc_kernel *kernel); /* of a row and key of this he
 /* Heads that share keys follow each other: for where all tiles cost the same. */
 void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan);
 
-/* plan_hopper_short.c: the same, for kernels that keep a head's keys in shared memory; and num_splits. */
+/* plan_hopper_short.c: the same, for kernels that keep a head's keys on chip; and num_splits, blocks_per_sm. */
 bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel);
 double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                                    fc_plan *plan);

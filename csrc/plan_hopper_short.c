@@ -11,7 +11,7 @@
 
 enum { SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
 
-/* A block's shared memory, as kernels/hopper_short/forward.cu lays it out, and 1 KiB that the system keeps. */
+/* A block's shared memory, as kernels/hopper_short/forward.cu lays it out. */
 static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, int64_t splits)
 {
     int64_t row_bytes = kernel->head_dim * 2,

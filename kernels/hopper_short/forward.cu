@@ -10,8 +10,8 @@
  * waits for its copies another computes.
  *
  * The trick is not to wait twice: a block is set up while the kernel before it in the stream still runs (dependent
- * launch), and where tiles are few, a cluster of blocks shares the keys of each, and then its rows: every block joins
- * the parts of out of some, which the others send to its shared memory.
+ * launch), and where tiles are few, a cluster of blocks shares the keys of each, and then its rows: a block joins the
+ * parts of out of some warps', which the others send to its shared memory.
  *
  *     barrier         completes by                            means
  *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read

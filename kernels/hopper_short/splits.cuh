@@ -3,9 +3,9 @@
  *
  * A part is what a warp holds at the end: out [HEAD_DIM / 2] of each thread, and of its two rows the reference and the
  * sum. The blocks share that work, too: each joins the parts of a few warps' rows, and writes them. So parts travel in
- * all directions at once, and no block waits for more than the others. A warp joins its own part and the others' in the
- * order of their ranks, so the result is the same each time. A thread's part goes to the same thread, four numbers at a
- * time in rows of 32, so that a warp writes and reads in one piece; a barrier of the joining block counts the bytes.
+ * all directions at once. A warp joins its own part and the others' in the order of their ranks, so the result is the
+ * same each time. A thread's part goes to the same thread, four numbers at a time in rows of 32, so that a warp writes
+ * and reads in one piece; a barrier of the joining block counts the bytes.
  */
 #ifndef FC_HOPPER_SHORT_SPLITS_CUH
 #define FC_HOPPER_SHORT_SPLITS_CUH
