@@ -114,11 +114,18 @@ static inline int64_t fc_hopper_short_mask_bytes(const fc_tensor *mask, int64_t 
 /* What a warp of kernels/hopper_short holds at the end, of 16 rows: out, sums and references, in float32. */
 #define FC_HOPPER_SHORT_PART_BYTES(head_dim) (((head_dim) / 2 + 4) * 4 * 32)
 
-/* Shared memory for the parts that a block gets from the others of its cluster, in whole KiB. */
+/* The warps whose rows one block of a cluster joins; with more blocks than warps, some join none. Powers of two. */
+static inline int64_t fc_hopper_short_joined_warps(int64_t threads, int64_t splits)
+{
+    int64_t warps = threads / 32;
+    return splits < warps ? warps / splits : 1;
+}
+
+/* Shared memory for the parts that such a block gets from the others, in whole KiB: a mask's swizzle follows. */
 static inline int64_t fc_hopper_short_parts_bytes(int64_t head_dim, int64_t threads, int64_t splits)
 {
-    int64_t warps = threads / 32, joined = splits < warps ? warps / splits : 1;
-    return (joined * (splits - 1) * FC_HOPPER_SHORT_PART_BYTES(head_dim) + 1023) / 1024 * 1024;
+    int64_t parts = fc_hopper_short_joined_warps(threads, splits) * (splits - 1);
+    return (parts * FC_HOPPER_SHORT_PART_BYTES(head_dim) + 1023) / 1024 * 1024;
 }
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of

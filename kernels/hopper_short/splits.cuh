@@ -27,7 +27,8 @@ struct joining {
     int num_splits; /* a power of two */
     int warps_each; /* of a rank that joins any */
 
-    explicit joining(int num_splits) : num_splits(num_splits), warps_each(num_splits < WARPS ? WARPS / num_splits : 1)
+    explicit joining(int num_splits)
+        : num_splits(num_splits), warps_each((int)fc_hopper_short_joined_warps(THREADS, num_splits))
     {
     }
     /* The rank that joins a warp's rows. */
