@@ -715,6 +715,35 @@ def test_a_row_does_not_depend_on_its_batch(word: str, dim: int) -> None:
         assert same_bits(flashcore.attention(*among_nan, **of_class(word))[b], whole[b])
 
 
+@every_row_width
+def test_calls_in_a_graph(dim: int) -> None:
+    """Each reads what the one before wrote. Those that follow each other directly are let in early, and wait."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="reads a graph's edges")
+    q, k, v = qkv(150, 150, dim)
+    out = [torch.empty_like(q) for _ in range(7)]
+
+    def chain() -> None:
+        x = q
+        for i, y in enumerate(out):
+            x = torch.mul(x, 2, out=y) if i == 3 else flashcore.attention(x, k, v, out=y)
+
+    chain()
+    expected = [x.clone() for x in out]
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(3):
+        for x in out:
+            x.fill_(torch.nan)
+        graph.replay()
+        assert all(same_bits(x, y) for x, y in zip(out, expected, strict=True))
+    captured = runtime.cudaGraph_t(graph.raw_cuda_graph())
+    edges = runtime.cudaGraphGetEdges(captured, 64)
+    assert edges[0] == 0, edges[0]
+    kinds = [edge.type == runtime.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic for edge in edges[3]]
+    assert sorted(kinds) == [False, False, True, True, True, True], "all but those to and from the product"
+
+
 def test_a_thread_that_never_used_cuda() -> None:
     """The copy engine's maps are made by the driver, which may want a context of the calling thread."""
     arrays = qkv(150, 200)

@@ -9,6 +9,8 @@
 
 #include <atomic>
 
+#include "common/dependent.cuh"
+
 namespace fc {
 
 struct launch_shape {
@@ -16,7 +18,7 @@ struct launch_shape {
     int threads;
     int smem_bytes, most_smem_bytes; /* of this launch, and of any of this kernel */
     int cluster = 1;                 /* consecutive blocks that reach each other's shared memory */
-    /* The kernel may be set up while the one before it still runs, and waits for that one's end itself. */
+    /* The kernel lets the next one be set up while it still runs, and waits itself for the end of the one before. */
     bool is_dependent = false;
 };
 
@@ -57,7 +59,8 @@ static cudaError_t launch(const launch_shape &shape, void *stream, const Params 
         attributes[count].id = cudaLaunchAttributeClusterDimension;
         attributes[count++].val.clusterDim = {(unsigned)shape.cluster, 1, 1};
     }
-    if (shape.is_dependent) {
+    const graph_place place = shape.is_dependent ? place_in_graph((cudaStream_t)stream) : graph_place();
+    if (shape.is_dependent && should_depend(place)) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -68,7 +71,9 @@ static cudaError_t launch(const launch_shape &shape, void *stream, const Params 
     config.stream = (cudaStream_t)stream;
     config.attrs = attributes;
     config.numAttrs = (unsigned)count;
-    return cudaLaunchKernelEx(&config, KERNEL, params);
+    error = cudaLaunchKernelEx(&config, KERNEL, params);
+    if (place.capture != 0) last_in_graph = place_in_graph((cudaStream_t)stream);
+    return error;
 }
 
 } // namespace fc

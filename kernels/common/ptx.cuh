@@ -164,6 +164,14 @@ static __device__ __forceinline__ void barrier_cluster_wait()
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
+/* As many multiprocessors as the GPU has, or more. */
+static __device__ __forceinline__ uint32_t nsmid()
+{
+    uint32_t d;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(d));
+    return d;
+}
+
 /* True in one lane of the warp, of which the compiler knows that it is one. */
 static __device__ __forceinline__ bool elect_sync()
 {

@@ -22,6 +22,7 @@
  *     mask_full[w][stage]    its copies, or each lane that copied                    w's rows of attn_mask may be read
  *     mask_told[w][stage]    general: the warp that copied                           mask_shows says what they show
  *     mask_empty[w][stage]   every warp of warpgroup w (where lanes copy, each lane) they may be overwritten
+ *     READY (named, all)     the copying warp arrives, all others wait               the barriers above are there
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
  *     LOOK + w (named, 128)  every thread of warpgroup w                             do any of its rows see the tile?
  */
@@ -107,9 +108,9 @@ struct forward_params {
     fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes of parameters cost time (launch.cuh) */
 };
 
-/* Named barriers from here on, one a warpgroup: whose turn it is to issue, and whether any of its rows see a tile.
- * Three warpgroups that take turns gain 3 to 7%, two lose 2%. */
-constexpr int TURN = 1, LOOK = TURN + WARPGROUPS;
+/* Named barriers: mbarriers are ready; and from TURN and LOOK on, one a warpgroup: whose turn it is to issue, and
+ * whether any of its rows see a tile. Three warpgroups that take turns gain 3 to 7%, two lose 2%. */
+constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
 constexpr bool TAKES_TURNS = WARPGROUPS > 2;
 
 /* In a general call the warps that bring the mask look at it. In an unbiased one those that use it do, whose sixteen
@@ -506,7 +507,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
 /* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
 template <int COUNT>
-static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT])
+static __device__ __forceinline__ void init_ring(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT])
 {
     for (int stage = 0; stage < COUNT; stage++) {
         mbarrier_init(at(full[stage]), 1);
@@ -514,44 +515,58 @@ static __device__ __forceinline__ void init_barriers(const uint64_t (&full)[COUN
     }
 }
 
+/* By one thread. */
+static __device__ __forceinline__ void init_barriers(const forward_params &params, shared_memory &smem)
+{
+    init_ring(smem.query_full, smem.query_empty);
+    init_ring(smem.key_full, smem.key_empty);
+    init_ring(smem.value_full, smem.value_empty);
+    for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
+        for (int stage = 0; stage < MASK_STAGES; stage++) {
+            mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));
+            mbarrier_init(at(smem.mask_told[w][stage]), each_tells(params) ? 32 : 1);
+            mbarrier_init(at(smem.mask_empty[w][stage]), each_tells(params) ? 128 : 4);
+        }
+    }
+    fence_mbarrier_init();
+}
+
 static __global__ __launch_bounds__(THREADS,
                                     1) void FC_NAME(forward_kernel)(const __grid_constant__ forward_params params)
 {
     shared_memory &smem = *(shared_memory *)dynamic_shared();
-    griddepcontrol_launch_dependents();
-    if (threadIdx.x == 0) {
-        prefetch_tensormap(&params.query);
-        prefetch_tensormap(&params.key);
-        prefetch_tensormap(&params.value);
-        init_barriers(smem.query_full, smem.query_empty);
-        init_barriers(smem.key_full, smem.key_empty);
-        init_barriers(smem.value_full, smem.value_empty);
-        for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
-            for (int stage = 0; stage < MASK_STAGES; stage++) {
-                mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));
-                mbarrier_init(at(smem.mask_told[w][stage]), each_tells(params) ? 32 : 1);
-                mbarrier_init(at(smem.mask_empty[w][stage]), each_tells(params) ? 128 : 4);
-            }
-        }
-        fence_mbarrier_init();
-    }
-    if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
-    if (HAS_MASKS && threadIdx.x <= WARPGROUPS) smem.shown[threadIdx.x].row = -1;
-    if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
-    if (threadIdx.x == 64) { /* Gains 7% where all keys fit on chip at once; where more follow, little or nothing. */
-        uint32_t turn = 0;
-        fc::tile_work work;
-        if (fc::next_tile(params.schedule, turn, work) && work.end - work.first <= VALUE_STAGES)
-            fc::prefetch_keys(params, work);
-    }
-    __syncthreads();
-    griddepcontrol_wait(); /* from here on memory is as the kernels before left it */
-
     /* The same in all lanes, which the compiler cannot see by itself. */
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+    griddepcontrol_launch_dependents();
+    /* Behind a kernel that does not let this one in early all wait for the first copies: the warp that asks for them
+     * readies the barriers, and does not wait for the others. */
+    if (warpgroup == WARPGROUPS && warp == 0) {
+        if (threadIdx.x % 32 == 0) {
+            prefetch_tensormap(&params.query);
+            prefetch_tensormap(&params.key);
+            prefetch_tensormap(&params.value);
+            init_barriers(params, smem);
+            for (int w = 0; w < (HAS_MASKS ? 1 + WARPGROUPS : 0); w++) smem.shown[w].row = -1;
+        }
+        __syncwarp();
+        bar_arrive(READY, THREADS);
+    } else {
+        if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+        if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
+        /* Gains up to 17% where a block has one tile, all of whose keys fit on chip at once; costs 8% where more
+         * follow. */
+        if (threadIdx.x == 64 && params.schedule.num_tiles <= gridDim.x) {
+            const fc::tile_work work = fc::find_work(params.schedule, blockIdx.x);
+            if (work.end - work.first <= VALUE_STAGES) fc::prefetch_keys(params, work);
+        }
+        __syncwarp();
+        bar_sync(READY, THREADS);
+    }
+    griddepcontrol_wait(); /* from here on memory is as the kernels before left it */
+
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
         if (warp == 0) {
             if (HAS_MASKS || threadIdx.x % 32 == 0) produce(params, smem);
         } else if (HAS_MASKS && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {

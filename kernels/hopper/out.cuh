@@ -26,6 +26,7 @@ template <class T> struct out_rows {
     float max[2], sum[2];     /* of the exponentials, in natural units, with the sink's */
     float factor[2];          /* what out is multiplied by */
     bool exists[2], shows[2]; /* in the array; any keys: or else 0 is written */
+    bool any_hidden, eights;  /* of the warp's rows; may be written in eights */
 
     out_rows() = default;
 
@@ -54,6 +55,10 @@ template <class T> struct out_rows {
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) factor[r] *= rcp_approx_ftz(sum[r]);
+        any_hidden = __any_sync(0xffffffffu, !shows[0] || !shows[1]);
+        const fc_tensor &to = args.out;
+        const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
+        eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
     }
 
     __device__ __forceinline__ void write_lse(const fc_forward_args &args, const tile_work &work, int row) const
@@ -69,10 +74,6 @@ template <class T> struct out_rows {
     __device__ __forceinline__ void write(const float (&out)[HEAD_DIM / 2], const fc_forward_args &args) const
     {
         const int lane = threadIdx.x % 4;
-        const fc_tensor &to = args.out;
-        const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
-        const bool eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
-        const bool any_hidden = __any_sync(0xffffffffu, !shows[0] || !shows[1]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             uint32_t pairs[HEAD_DIM / 8];
@@ -95,8 +96,9 @@ template <class T> struct out_rows {
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 8; i++) {
                     const int column = 8 * i + 2 * lane;
-                    if (column < args.head_dim_v) at[r][column * to.strides[3]] = (element)pairs[i];
-                    if (column + 1 < args.head_dim_v) at[r][(column + 1) * to.strides[3]] = (element)(pairs[i] >> 16);
+                    if (column < args.head_dim_v) at[r][column * args.out.strides[3]] = (element)pairs[i];
+                    if (column + 1 < args.head_dim_v)
+                        at[r][(column + 1) * args.out.strides[3]] = (element)(pairs[i] >> 16);
                 }
             }
         }

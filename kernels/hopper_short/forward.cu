@@ -9,9 +9,10 @@
  * copying warps, and each barrier but mask_come completes once. A multiprocessor holds several blocks, and while one
  * waits for its copies another computes.
  *
- * The trick is not to wait twice: a block is set up while the kernel before it in the stream still runs (dependent
- * launch), and where tiles are few, a cluster of blocks shares the keys of each, and then its rows: a block joins the
- * parts of out of some warps', which the others send to its shared memory.
+ * The trick is not to wait twice. Behind a kernel that lets it in early a block is set up while that one still runs
+ * (dependent launch); behind others one warp asks for the copies as soon as it can. And where tiles are few, a cluster
+ * of blocks shares the keys of each, and then its rows: a block joins the parts of out of some warps', which the others
+ * send to its shared memory.
  *
  *     barrier         completes by                            means
  *     query_full      its copies: 1 arrival, then their bytes the tile's rows may be read
@@ -19,6 +20,7 @@
  *     value_full[i]   its copies                              likewise, of the values
  *     mask_come[w]    its copies, for each tile               warp w's rows of attn_mask may be read
  *     parts_full      the other blocks' stores                all parts of the rows that this block joins are there
+ *     READY (named)   warp 0 arrives, all others wait         the barriers above are there
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -42,10 +44,12 @@
 #include "hopper_short/splits.cuh"
 
 using T = fc::FC_DTYPE;
-using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
+using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS, fc::WARPS;
 
 constexpr int WARPGROUPS = THREADS / 128;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
+
+constexpr int READY = 1; /* a named barrier; 0 is __syncthreads */
 
 constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, HAS_MASKS) / WARPGROUPS;
 
@@ -60,7 +64,7 @@ struct key_and_value {
     T::element key[SLABS][BLOCK_N][64], value[SLABS][BLOCK_N][64];
 };
 struct shared_memory {
-    uint64_t query_full, key_full[MOST_TILES], value_full[MOST_TILES], parts_full, mask_come[THREADS / 32];
+    uint64_t query_full, key_full[MOST_TILES], value_full[MOST_TILES], parts_full, mask_come[WARPS];
     uint32_t unused; /* fc::prefetch_params */
     alignas(1024) T::element query[SLABS][BLOCK_M][64];
     alignas(1024) key_and_value tiles[]; /* first + i of what the block sees, as many as the launch has room for */
@@ -77,6 +81,24 @@ struct forward_params {
     int mask_offset;                 /* and behind these, of a mask: a tile of each warp */
     fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes cost time (launch.cuh) */
 };
+
+/* By one thread: a barrier for whatever comes. */
+static __device__ __forceinline__ void init_barriers(const forward_params &params, shared_memory &smem, int num_tiles,
+                                                     int rank)
+{
+    mbarrier_init(at(smem.query_full), 1);
+#pragma unroll 1
+    for (int i = 0; i < num_tiles; i++) {
+        mbarrier_init(at(smem.key_full[i]), 1);
+        mbarrier_init(at(smem.value_full[i]), 1);
+    }
+    mbarrier_init(at(smem.parts_full), 1);
+    if (HAS_MASKS)
+        for (int w = 0; w < WARPS; w++) mbarrier_init(at(smem.mask_come[w]), mask_tiles::arrivals(*params.mask));
+    fence_mbarrier_init();
+    if (params.joining.num_splits > 1)
+        mbarrier_arrive_expect_tx(at(smem.parts_full), params.joining.parts_of(rank) * (int)sizeof(fc::part));
+}
 
 /* Asks for everything, in the order of its use, by one thread of the warp: what several ask for at once arrives in any
  * order, and the tile that all wait for among the last. */
@@ -98,45 +120,41 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
 {
     shared_memory &smem = *(shared_memory *)dynamic_shared();
     const fc_forward_args &args = params.args;
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    /* The same in all lanes, which the compiler cannot see by itself. */
+    const int warp_of_block = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    const int warpgroup = warp_of_block / 4, warp = warp_of_block % 4, lane = threadIdx.x % 32;
 
     griddepcontrol_launch_dependents();
     const uint32_t tile = params.by_splits.divide(blockIdx.x);
     const int num_splits = (int)params.by_splits.divisor, rank = (int)blockIdx.x - (int)tile * num_splits;
-    fc::tile_work work = fc::find_work(params.schedule, tile);
-    fc::take_share(work, rank, params.by_splits);
-    const int num_tiles = work.end - work.first;
-    if (threadIdx.x == 0) {
-        prefetch_tensormap(&params.query);
-        prefetch_tensormap(&params.key);
-        prefetch_tensormap(&params.value);
-        mbarrier_init(at(smem.query_full), 1);
-#pragma unroll 1
-        for (int i = 0; i < num_tiles; i++) {
-            mbarrier_init(at(smem.key_full[i]), 1);
-            mbarrier_init(at(smem.value_full[i]), 1);
-        }
-        mbarrier_init(at(smem.parts_full), 1);
-        if (HAS_MASKS)
-            for (int w = 0; w < THREADS / 32; w++)
-                mbarrier_init(at(smem.mask_come[w]), mask_tiles::arrivals(*params.mask));
-        fence_mbarrier_init();
-        if (num_splits > 1)
-            mbarrier_arrive_expect_tx(at(smem.parts_full), params.joining.parts_of(rank) * (int)sizeof(fc::part));
-    }
-    if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
-    if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
-    /* Gains 2 to 5% where a tile has 128 keys, and costs up to 10% where it has 64. */
-    if (BLOCK_N == 128 && threadIdx.x == 64 && tile < params.schedule.num_tiles) fc::prefetch_keys(params, work);
-    __syncthreads();
     if (tile >= params.schedule.num_tiles) { /* holds a place until the kernels before have ended, for an even grid */
         griddepcontrol_wait();
         return;
     }
+    fc::tile_work work = fc::find_work(params.schedule, tile);
+    fc::take_share(work, rank, params.by_splits);
+    /* Behind a kernel that does not let this one in early all wait for the first copies: the warp that asks for them
+     * readies the barriers, and does not wait for the others. */
+    if (warp_of_block == 0) {
+        if (elect_sync()) {
+            prefetch_tensormap(&params.query);
+            prefetch_tensormap(&params.key);
+            prefetch_tensormap(&params.value);
+            init_barriers(params, smem, work.end - work.first, rank);
+        }
+        __syncwarp();
+        bar_arrive(READY, THREADS);
+    } else {
+        if (threadIdx.x == 32) fc::prefetch_params(params, smem.unused);
+        /* Gains up to 4% where each block has a multiprocessor and a tile 128 keys, elsewhere costs up to 20%. */
+        if (BLOCK_N == 128 && threadIdx.x == 64 && gridDim.x <= nsmid()) fc::prefetch_keys(params, work);
+        if (HAS_MASKS && threadIdx.x == 96 && params.mask->is_mapped) prefetch_tensormap(&params.mask->map);
+        __syncwarp();
+        bar_sync(READY, THREADS);
+    }
     if (num_splits > 1) barrier_cluster_arrive_relaxed(); /* this block's barriers are there */
     griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */
-    if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) load_all(params, smem, work);
+    if (warp_of_block == 0) load_all(params, smem, work);
     __syncwarp();
 
     const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
@@ -161,8 +179,8 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     /* q.k of tile j in s -> weights in p. */
     const mask_tiles masks(args.attn_mask, *params.mask, params.schedule);
     uint8_t *const mask =
-        dynamic_shared() + params.mask_offset + threadIdx.x / 32 * fc::mask_tile_bytes<16>(args.attn_mask.dtype);
-    const uint32_t mask_come = at(smem.mask_come[threadIdx.x / 32]);
+        dynamic_shared() + params.mask_offset + warp_of_block * fc::mask_tile_bytes<16>(args.attn_mask.dtype);
+    const uint32_t mask_come = at(smem.mask_come[warp_of_block]);
     uint32_t mask_phase = 0;
     const int first_row = work.row + 64 * warpgroup + 16 * warp; /* of the warp */
     const auto start_mask = [&](int tile) {
@@ -222,7 +240,6 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         finish();
     }
     if (num_splits > 1) {
-        const int warp_of_block = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
         const int joiner = params.joining.rank_of(warp_of_block);
         const auto *parts = (const fc::part *)(dynamic_shared() + params.parts_offset) +
                             params.joining.first_part(warp_of_block); /* the other ranks', in their order */
@@ -247,7 +264,7 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
     const int share = (num_tiles + num_splits - 1) / num_splits;
     const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
     const int mask_offset = parts_offset + (int)fc_hopper_short_parts_bytes(HEAD_DIM, THREADS, num_splits);
-    const int used_bytes = mask_offset + THREADS / 32 * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
+    const int used_bytes = mask_offset + WARPS * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
     /* So much that no more blocks fit. */
     const int share_bytes = plan->blocks_per_sm > 0 ? FC_HOPPER_SM_SMEM_BYTES / plan->blocks_per_sm - 1024 : 0;
     const fc::schedule schedule(*args, *plan);

@@ -133,6 +133,10 @@ inline void st_async(uint32_t address, uint32_t barrier, float x, float y, float
     it.bytes -= sizeof four;
     it.settle();
 }
+inline uint32_t nsmid()
+{
+    return 132;
+}
 inline bool elect_sync()
 {
     __syncwarp();
