@@ -72,9 +72,10 @@ static double share_of_longest(const fc_forward_args *args, const fc_kernel *ker
 
 /*
  * Cycles beyond what every call costs. A warpgroup alone takes some 600 and then 850 for 64 keys or 1300 for 128; the
- * second of its block adds some 770 and 3 or 6 a key, each further block 600 and 0.10 a row and key, and joining parts
- * 600 for each. Each further turn of a multiprocessor costs 6500 more; where a mask makes tiles unequal the long ones
- * come first, and short ones fill the gaps, so turns need not be whole. Measured on an H100 (docs/hopper_short.md).
+ * second of its block adds some 770 and 3 or 6 a key, each further block 600 (250 of the smallest, four of which fit)
+ * and 0.10 a row and key, and joining parts 600 for each. Each further turn of a multiprocessor costs 6500 more; where
+ * a mask makes tiles unequal the long ones come first, and short ones fill the gaps, so turns need not be whole.
+ * Measured on an H100 (docs/hopper_short.md).
  */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const struct layout *of, double share)
 {
@@ -86,7 +87,8 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     double steps = (double)fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), of->splits);
     double keys = steps * kernel->block_n, alone = 600 + steps * (is_wide ? 1300 : 850);
     if (kernel->block_m > 64) alone += 770 + (is_wide ? 6.2 : 3.2) * keys;
-    double beside = (double)(together - 1) * (600 + 0.10 * kernel->block_m * keys * share);
+    bool is_small = kernel->block_m == 64 && !is_wide && kernel->head_dim <= 64 && kernel->mask == fc_mask_full;
+    double beside = (double)(together - 1) * ((is_small ? 250 : 600) + 0.10 * kernel->block_m * keys * share);
     double weight = fc_hopper_weight(kernel), join = of->splits > 1 ? 600 * (double)of->splits : 0;
     return (alone + beside + join) * weight + more_turns * ((alone * share + beside + join) * weight + 6500);
 }

@@ -704,6 +704,7 @@ def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
         (1, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 16),
         (8, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 132),
         (16, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 264),
+        (32, 8, 128, 0, "hopper_short_float16_d64_full_64x64", 1, 512),
         (1, 8, 256, 0, "hopper_short_float16_d64_full_64x128", 2, 132),
         (8, 8, 256, 0, "hopper_short_float16_d64_full_64x128", 1, 264),
         (16, 8, 256, 0, "hopper_short_float16_d64_full_128x64", 1, 256),
