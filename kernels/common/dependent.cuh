@@ -1,10 +1,10 @@
 /*
  * dependent.cuh - host side of dependent launch: when a kernel is launched so that the one before it lets it in early.
  *
- * That pays behind our own kernels alone, which let the next one in as soon as they run. Behind any other there is
- * nothing to gain, and a dependent launch begins 0.2 to 0.5 us later than a plain one (docs/hopper_short.md). In a
- * graph the kernel before is known. In a stream it is not; there launches are dependent, since calls that follow each
- * other gain 1 us, and where the host is slower than the GPU neither matters.
+ * That pays behind our own kernels of this sort alone, which let the next one in as soon as they run. Behind any other
+ * there is nothing to gain, and a dependent launch begins 0.2 to 0.5 us later than a plain one (docs/hopper_short.md).
+ * In a graph the kernel before is known. In a stream it is not; there launches are dependent, since calls that follow
+ * each other gain 1 us, and where the host is slower than the GPU neither matters.
  */
 #ifndef FC_COMMON_DEPENDENT_CUH
 #define FC_COMMON_DEPENDENT_CUH
@@ -39,7 +39,7 @@ static graph_place place_in_graph(cudaStream_t stream)
     return {capture, count == 1 ? nodes[0] : nullptr};
 }
 
-/* Of this thread's last dependent kernel in a graph. */
+/* Where this thread's last kernel that lets the next one in stands in a graph. */
 inline thread_local graph_place last_in_graph;
 
 static bool should_depend(const graph_place &place)

@@ -72,7 +72,7 @@ static cudaError_t launch(const launch_shape &shape, void *stream, const Params 
     config.attrs = attributes;
     config.numAttrs = (unsigned)count;
     error = cudaLaunchKernelEx(&config, KERNEL, params);
-    if (place.capture != 0) last_in_graph = place_in_graph((cudaStream_t)stream);
+    if (place.capture != 0 && error == cudaSuccess) last_in_graph = place_in_graph((cudaStream_t)stream);
     return error;
 }
 
