@@ -45,13 +45,13 @@ typedef struct fc_forward_args {
 /* csrc/error.c: bytes of a number; 0 for FC_NONE and outside the enum. */
 int32_t fc_dtype_bytes(int32_t dtype);
 
-/* Whether Hopper's copy engine reads attn_mask where it lies: rows of neighbours, that begin at whole 16 bytes. */
-static inline bool fc_hopper_maps_mask(const fc_tensor *mask)
+/* Whether Hopper's copy engine reaches an array where it lies: rows of neighbours, that begin at whole 16 bytes. */
+static inline bool fc_hopper_maps(const fc_tensor *array)
 {
-    if (mask->strides[3] != 1 || (uintptr_t)mask->data % 16 != 0) return false;
+    if (array->strides[3] != 1 || (uintptr_t)array->data % 16 != 0) return false;
     for (int i = 0; i < 3; i++) {
-        int64_t stride = mask->strides[i];
-        if (stride < 0 || stride >= (int64_t)1 << 37 || stride * fc_dtype_bytes(mask->dtype) % 16 != 0) return false;
+        int64_t stride = array->strides[i];
+        if (stride < 0 || stride >= (int64_t)1 << 37 || stride * fc_dtype_bytes(array->dtype) % 16 != 0) return false;
     }
     return true;
 }

@@ -102,6 +102,28 @@ def test_every_row(row: list[str]) -> None:
     assert splits == {1} if family == "hopper" else max(splits) >= 4
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row[0] == "hopper" and row[3] in ("full", "band")], ids="_".join
+)
+def test_every_row_of_many_tiles(row: list[str]) -> None:
+    """For each block, which then sends out by way of query's room where that has two stages. The band hides 70 rows, so
+    that warpgroups see nothing; a causal call takes turns and a window does not; and out may be out of reach."""
+    family, dtype, dim, mask, block_m, block_n, *_ = row
+    kernel = f"{family}_{dtype}_d{dim}_{mask}_{block_m}x{block_n}".encode()
+    rows = 2 * int(block_m) + 9
+    causal = {"is_causal": True, "diagonal": -70}
+    for dim_v, options in [
+        (int(dim) - 8, {} if mask == "full" else causal),
+        (int(dim) - 8, {} if mask == "full" else {"window": (150, 0), "diagonal": -70}),
+        (int(dim) - 9, {} if mask == "full" else causal),
+    ]:
+        q, k, v = _qkv(rows, 200, int(dim), dtype=dtype)
+        v = cases.place(np.ascontiguousarray(v[..., : dim_v + 1]))[..., :dim_v] if dim_v % 8 else v[..., :dim_v]
+        result = emulated.attention(emulated.library(family), q, k, v, kernel=kernel, num_sms=2, **options)
+        assert result is not None
+        reference.expect(q, k, v, **options).check(*result)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True}], ids=str)
 @pytest.mark.parametrize("heads,keys,splits", [(2, 130, 1), (1, 280, 2)])
 def test_blocks_without_a_tile(heads: int, keys: int, splits: int, options: dict[str, Any]) -> None:

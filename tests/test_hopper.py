@@ -645,6 +645,31 @@ def test_out_of_any_strides(name: str, dim_v: int, word: str, dtype: str) -> Non
 
 
 @every_dtype
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "diagonal": -70}, {"window": (90, 5)}], ids=str)
+@pytest.mark.parametrize(
+    "dim,tile", [(40, (192, 128)), (64, (256, 64)), (64, (128, 128)), (72, (192, 64)), (128, (192, 64))]
+)
+def test_out_of_many_tiles(
+    dim: int, tile: tuple[int, int], options: Options, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three and more for each block, whose out goes by way of shared memory where the copy engine reaches it."""
+    monkeypatch.setenv("FLASHCORE_FORCE", "hopper")  # hopper_short has one of these tiles, too, and other bits
+    blocks = {"block_m": tile[0], "block_n": tile[1]}
+    q, k, v = qkv(2 * tile[0] + 9, 300, dim, batch=8, heads=50, heads_kv=10, dtype=dtype)
+    out, around = embed(torch.empty_like(q), 777)
+    flashcore.attention(q, k, v, **options, **blocks, out=out)
+    out_of_reach = OUTS["unaligned"](q)
+    flashcore.attention(q, k, v, **options, **blocks, out=out_of_reach)
+    assert same_bits(out, out_of_reach)
+    few = q[3:4, 20:25], k[3:4, 4:5], v[3:4, 4:5]
+    want = flashcore.attention(*few, **options, **blocks, return_lse=True)
+    reference.expect(*map(fetch, few), **options).check(*map(fetch, want))
+    assert same_bits(out[3:4, 20:25], want[0])
+    out.fill_(777)
+    assert (around == 777).all()
+
+
+@every_dtype
 @every_class
 @pytest.mark.parametrize("dim", [40, 64, 128, 200])
 def test_layouts(dim: int, word: str, dtype: str) -> None:

@@ -683,6 +683,20 @@ def test_causal_tiles_are_dealt_evenly(seqlen: int, head_dim: int, num_sms: int)
 
 
 @needs_hopper_build
+@pytest.mark.parametrize("batch,heads,seqlen,tile", [(1, 32, 16384, (256, 64)), (2, 12, 2048, (192, 128))])
+def test_windows_take_the_tiles_that_fill_their_rounds(
+    batch: int, heads: int, seqlen: int, tile: tuple[int, int]
+) -> None:
+    """Their tiles are alike: 192 of 256 rows would take as many rounds as 264 of 192 do."""
+    problem = capi.shapes_only(
+        batch=batch, num_heads_q=heads, num_heads_kv=heads, seqlen_q=seqlen, seqlen_k=seqlen,
+        flags=capi.WINDOW_LEFT | capi.WINDOW_RIGHT, window_left=128, window_right=128,
+    )  # fmt: skip
+    status, plan = capi.plan(problem, HOPPER)
+    assert (status, plan.block_m, plan.block_n) == (OK, *tile)
+
+
+@needs_hopper_build
 def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
     def choice(batch: int) -> tuple[int, int]:
         plan = capi.plan(capi.shapes_only(batch=batch, seqlen_q=1000, flags=CAUSAL, kernel=b"hopper"), HOPPER)[1]

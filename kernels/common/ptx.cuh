@@ -49,7 +49,7 @@ static __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t ad
 }
 
 /*
- * ---- sm_90: barriers in shared memory, the copy engine (TMA), register shares ----
+ * ---- sm_90: matrices to shared memory, barriers in shared memory, the copy engine (TMA), register shares ----
  *
  * Shared memory is addressed by its 32-bit address in the block's own window (shared_address below); what the launch
  * asked for begins at dynamic_shared().
@@ -63,6 +63,14 @@ static __device__ __forceinline__ unsigned char *dynamic_shared()
 static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 {
     return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+/* ldmatrix_x4 the other way round: what a lane has of each matrix goes to the rows at the addresses given. */
+static __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&d)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(d[0]),
+                 "r"(d[1]), "r"(d[2]), "r"(d[3])
+                 : "memory");
 }
 
 /* A barrier that completes a phase after `count` arrivals (and, with expect_tx, that many bytes). */
@@ -124,6 +132,30 @@ static __device__ __forceinline__ void cp_async_bulk_tensor(uint32_t target, con
                  "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
                  "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
                  : "memory");
+}
+
+/* Copies such a box from shared memory to a tensor; what lies outside the tensor is not written. The thread's stores
+ * so far are one group; and it waits until the copy engine has read what its groups store. */
+static __device__ __forceinline__ void cp_async_bulk_tensor_store(const CUtensorMap *map, uint32_t source, int column,
+                                                                  int row, int head, int batch)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+                 "r"(source), "r"(column), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+static __device__ __forceinline__ void cp_async_bulk_commit_group()
+{
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+static __device__ __forceinline__ void cp_async_bulk_wait_group_read()
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/* This thread's stores to shared memory come before what the copy engine then reads. */
+static __device__ __forceinline__ void fence_proxy_async()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /* Brings the same box into the L2 cache. A hint: it says nothing of the values. */

@@ -62,7 +62,7 @@ static cudaError_t make_mask_params(mask_params *params, const fc_forward_args &
 {
     const fc_tensor &mask = args.attn_mask;
     *params = {{}, false, fc_mask_rows_differ(&args), mask.strides[0] != 0, mask.strides[1] != 0};
-    if (mask.dtype == FC_NONE || args.seqlen_k == 0 || !fc_hopper_maps_mask(&mask)) return cudaSuccess;
+    if (mask.dtype == FC_NONE || args.seqlen_k == 0 || !fc_hopper_maps(&mask)) return cudaSuccess;
     params->is_mapped = true;
     return make_tensor_map(&params->map, mask, args.seqlen_k, params->by_row ? args.seqlen_q : 1,
                            params->by_head ? args.num_heads_q : 1, params->by_batch ? args.batch : 1,

@@ -15,7 +15,8 @@
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
- *     query_empty[stage]     every computing warp, after the tile's last q.k         it may be overwritten
+ *     query_empty[stage]     every computing warp, after the tile's last q.k, or
+ *                            when its rows of out have been copied from there        it may be overwritten
  *     key_full[stage]        its copies                                              this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
@@ -100,18 +101,34 @@ struct shared_memory {
 };
 static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
 
+/* Out's rows go to memory by way of those of query, which are done with: where a second stage of query has the next
+ * tile's meanwhile, so that nobody waits for the room. */
+constexpr bool COPIES_OUT = QUERY_STAGES == 2 && !HAS_MASKS;
+
 struct forward_params {
     CUtensorMap query, key, value;
     fc_forward_args args;
     fc::schedule schedule;
     fc::option_params options;
-    fc::mask_params mask[HAS_MASKS]; /* none elsewhere: 64 bytes of parameters cost time (launch.cuh) */
+    bool takes_turns;
+    fc::out_map out[COPIES_OUT]; /* none elsewhere: 64 bytes of parameters cost time (launch.cuh) */
+    fc::mask_params mask[HAS_MASKS];
 };
 
 /* Named barriers: mbarriers are ready; and from TURN and LOOK on, one a warpgroup: whose turn it is to issue, and
- * whether any of its rows see a tile. Three warpgroups that take turns gain 3 to 7%, two lose 2%. */
+ * whether any of its rows see a tile. */
 constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
-constexpr bool TAKES_TURNS = WARPGROUPS > 2;
+
+/* Three warpgroups that take turns gain up to 14%, two lose 2%. But turns hold back a warpgroup that is not where the
+ * others are, as under a band, whose rows see other tiles of keys: at head_dim 128 causal calls lose up to 3% by them
+ * and windows 7%, at 64 windows 4 to 6% of four warpgroups. */
+constexpr bool MAY_TAKE_TURNS = WARPGROUPS > 2 && (MASK != mask_class::band || HEAD_DIM <= 64);
+constexpr bool MUST_TAKE_TURNS = MAY_TAKE_TURNS && (MASK != mask_class::band || WARPGROUPS == 3);
+static bool should_take_turns(const fc_forward_args &args)
+{
+    const bool is_window = args.band_left > -args.seqlen_q && args.band_right < args.seqlen_k;
+    return MUST_TAKE_TURNS || (MAY_TAKE_TURNS && !is_window);
+}
 
 /* In a general call the warps that bring the mask look at it. In an unbiased one those that use it do, whose sixteen
  * rows of bools are two or four loads; of a float mask they would be up to sixteen. Where products are short, the next
@@ -249,11 +266,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][0][64 * warpgroup]), BLOCK_M * 128);
     const uint64_t key = fc::tile_descriptor(shared_address(smem.key), BLOCK_N * 128);
     const uint64_t value = fc::tile_descriptor(shared_address(smem.value), BLOCK_N * 128);
+    const bool takes_turns = MUST_TAKE_TURNS || (MAY_TAKE_TURNS && params.takes_turns);
     const auto wait_turn = [&] {
-        if (TAKES_TURNS) bar_sync(TURN + warpgroup, 256);
+        if (takes_turns) bar_sync(TURN + warpgroup, 256);
     };
     const auto end_turn = [&] {
-        if (TAKES_TURNS) bar_arrive(TURN + (warpgroup + 1) % WARPGROUPS, 256);
+        if (takes_turns) bar_arrive(TURN + (warpgroup + 1) % WARPGROUPS, 256);
     };
 
     ring<QUERY_STAGES> queries;
@@ -268,6 +286,20 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const auto let_go = [&](const uint64_t *empty, auto &stages) {
         if (lane == 0) mbarrier_arrive(at(empty[stages.stage]));
         stages.next();
+    };
+
+    /* After the tile's last q.k; where out then takes its room, when that has been copied, in the next tile. */
+    const auto let_go_query = [&] {
+        if (!COPIES_OUT) let_go(smem.query_empty, queries);
+    };
+    bool is_copying = false;
+    const auto let_go_copied = [&] {
+        if (!is_copying) return;
+        if (lane == 0) {
+            cp_async_bulk_wait_group_read();
+            mbarrier_arrive(at(smem.query_empty[queries.stage ^ 1]));
+        }
+        is_copying = false;
     };
 
     float s[BLOCK_N / 2], out[HEAD_DIM / 2] = {};
@@ -453,13 +485,13 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             finish();
 #pragma unroll 1
             for (; j > work.first; j--) pass_key(), pass_value();
-            if (has_query) let_go(smem.query_empty, queries);
+            if (has_query) let_go_query();
         } else if (view.first < view.end) {
             int j = work.end - 1;
             /* q.k of tile j in s -> weights in p. The last tile's q.k was the last to read query. */
             const auto is_cut = [&] { return j >= view.end_whole || j < view.first_whole; };
             const auto weigh = [&](auto masked, auto is_first) {
-                if (j == view.first) let_go(smem.query_empty, queries);
+                if (j == view.first) let_go_query();
                 if (masked && (!is_first || is_cut())) {
 #pragma unroll
                     for (int r = 0; r < 2; r++)
@@ -475,6 +507,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
             multiply_first(zero_out);
+            let_go_copied();
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
             weigh(yes, yes);
@@ -492,17 +525,28 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 for (; j >= work.first; j--) pass_key(), pass_value();
             }
         } else {
+            let_go_copied();
             finish();
             if (has_query) {
 #pragma unroll 1
                 for (int j = work.first; j < work.end; j++) pass_key(), pass_value();
-                let_go(smem.query_empty, queries);
+                let_go_query();
             }
         }
-        rows.write(out, args);
+        is_copying = COPIES_OUT && has_query && params.out->is_mapped;
+        if (is_copying) {
+            const int first_row = 64 * warpgroup + 16 * warp;
+            rows.copy(out, params.out->map, shared_address(smem.query[queries.stage][0][first_row]), BLOCK_M * 128,
+                      work, work.row + first_row);
+            queries.next();
+        } else {
+            rows.write(out, args);
+            if (COPIES_OUT && has_query) let_go(smem.query_empty, queries);
+        }
         rows.write_lse(args, work, row);
     }
-    if (warpgroup == 0) wait_turn(); /* takes the arrival that nobody waits for */
+    if (is_copying && lane == 0) cp_async_bulk_wait_group_read(); /* before its shared memory is gone */
+    if (warpgroup == 0) wait_turn();                              /* takes the arrival that nobody waits for */
 }
 
 /* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
@@ -546,6 +590,7 @@ static __global__ __launch_bounds__(THREADS,
             prefetch_tensormap(&params.query);
             prefetch_tensormap(&params.key);
             prefetch_tensormap(&params.value);
+            if (COPIES_OUT && params.out->is_mapped) prefetch_tensormap(&params.out->map);
             init_barriers(params, smem);
             for (int w = 0; w < (HAS_MASKS ? 1 + WARPGROUPS : 0); w++) smem.shown[w].row = -1;
         }
@@ -586,8 +631,10 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *given, const fc_plan *pla
     if constexpr (HAS_MASKS) {
         if (plan->workspace_bytes > 0) error = fc::align_mask<MASK>(&args, workspace, stream);
     }
-    forward_params params = {{}, {}, {}, args, fc::schedule(args, *plan), fc::option_params(args), {}};
+    forward_params params = {
+        {}, {}, {}, args, fc::schedule(args, *plan), fc::option_params(args), should_take_turns(args), {}, {}};
     if (error == cudaSuccess) error = fc::make_tensor_maps(&params.query, &params.key, &params.value, args);
+    if (error == cudaSuccess && COPIES_OUT) error = fc::make_out_map(params.out, args, *plan);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, args, 64);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(

@@ -1,23 +1,41 @@
 /*
  * out.cuh - from a warpgroup's finished registers to out and lse.
  *
- * In a wgmma result a row's neighbours lie two by two in the four lanes of a quad. The quad trades them, so that each
- * lane gets eight in a row, which one 16-byte store writes: nothing passes through shared memory, and
- * nothing waits. Where out's strides forbid such a store, each lane writes its own elements.
+ * In a wgmma result a row's neighbours lie two by two in the four lanes of a quad. Two ways from there to memory:
+ * copy(), where there is room for the rows in shared memory: stmatrix lays them out, and the copy engine writes whole
+ * lines while the warp goes on. write(), elsewhere: the quad trades neighbours, so that each lane gets eight in a row,
+ * which one 16-byte store writes; or, where out's strides forbid such a store, each lane writes its own elements.
  *
- * In two steps, because the sums are known while the last product still runs: out_rows(), then write() and write_lse().
+ * In two steps, because the sums are known while the last product still runs: out_rows(), then copy() or write(), and
+ * write_lse().
  */
 #ifndef FC_HOPPER_OUT_CUH
 #define FC_HOPPER_OUT_CUH
 
 #include "common/offsets.cuh"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/variant.h"
 #include "hopper/quad.cuh"
 #include "hopper/schedule.cuh"
 #include "hopper/softmax.cuh"
+#include "hopper/tensor_map.cuh"
 
 namespace fc {
+
+/* How copy() reaches out, in boxes of a warp's sixteen rows; is_mapped is false where it cannot, and where blocks have
+ * one tile or two: a block's last copies end later than stores would, by 2% of such a call. */
+struct out_map {
+    CUtensorMap map;
+    bool is_mapped;
+};
+static cudaError_t make_out_map(out_map *out, const fc_forward_args &args, const fc_plan &plan)
+{
+    out->is_mapped = plan.grid > 2 * plan.num_blocks && fc_hopper_maps(&args.out);
+    if (!out->is_mapped) return cudaSuccess;
+    return make_tensor_map(&out->map, args.out, args.head_dim_v, args.seqlen_q, args.num_heads_q, args.batch,
+                           {128, 16});
+}
 
 /* A thread's two rows, g and g + 8. */
 template <class T> struct out_rows {
@@ -69,6 +87,39 @@ template <class T> struct out_rows {
             if (exists[r])
                 *row_of<float>(args.lse, work.batch, work.head, row + 8 * r) =
                     sum[r] == 0 ? -INFINITY : max[r] + logf(sum[r]);
+    }
+
+    /* The warp's rows from first_row on, what lies past the array left out. room: the address of sixteen rows of 128
+     * bytes in the first of the slabs, which are slab_bytes apart; free again when lane 0 has waited for its copies. */
+    __device__ __forceinline__ void copy(const float (&out)[HEAD_DIM / 2], const CUtensorMap &map, uint32_t room,
+                                         uint32_t slab_bytes, const tile_work &work, int first_row) const
+    {
+        const int lane = threadIdx.x % 32;
+        /* Of each two groups of eight columns a lane names the place of one row of one; rows are swizzled. */
+        const uint32_t place = room + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; i += 2) {
+            uint32_t pairs[4]; /* rows g and g + 8 of group i, then of i + 1 */
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const int r = m % 2, at = 4 * (i + m / 2) + 2 * r;
+                pairs[m] = pack<T>(out[at] * factor[r], out[at + 1] * factor[r]);
+            }
+            if (any_hidden) { /* 0 / 0, or a hidden NaN */
+#pragma unroll
+                for (int m = 0; m < 4; m++) pairs[m] = shows[m % 2] ? pairs[m] : 0;
+            }
+            stmatrix_x4((place ^ i % 8 * 16) + i / 8 * slab_bytes, pairs);
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+#pragma unroll
+            for (int column = 0; column < HEAD_DIM; column += 64)
+                cp_async_bulk_tensor_store(&map, room + column / 64 * slab_bytes, column, first_row, work.head,
+                                           work.batch);
+            cp_async_bulk_commit_group();
+        }
     }
 
     __device__ __forceinline__ void write(const float (&out)[HEAD_DIM / 2], const fc_forward_args &args) const

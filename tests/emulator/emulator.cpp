@@ -73,6 +73,7 @@ bool run_cluster()
 {
     emulator_mbarriers.clear();
     emulator_named_barriers.clear();
+    emulator_stores.clear();
     memset(dynamic_smem, 0xff, (size_t)(num_fibers / num_threads) * EMULATOR_SMEM_BYTES); /* NaN */
     cluster_arrivals = 0;
     own_arrivals.assign((size_t)num_fibers, 0);

@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include <map>
+#include <vector>
 
 inline float ex2_approx_ftz(float a)
 {
@@ -50,6 +51,15 @@ inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t address)
         const uint32_t row =
             emulator_exchange(address, [=](const uint32_t *all, int lane) { return all[8 * m + lane / 4]; });
         memcpy(&d[m], dynamic_smem + row + threadIdx.x % 4 * 4, 4);
+    }
+}
+
+inline void stmatrix_x4(uint32_t address, const uint32_t (&d)[4])
+{
+    for (int m = 0; m < 4; m++) {
+        const uint32_t row =
+            emulator_exchange(address, [=](const uint32_t *all, int lane) { return all[8 * m + lane / 4]; });
+        memcpy(dynamic_smem + row + threadIdx.x % 4 * 4, &d[m], 4);
     }
 }
 
@@ -99,8 +109,10 @@ inline uint32_t emulator_swizzle(uint32_t address, int row_bytes = 128)
 {
     return address ^ (address >> 3 & (row_bytes == 128 ? 0x70 : 0x30));
 }
-inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier, int column, int row,
-                                 int head, int batch)
+/* Calls each(in shared memory, in the tensor or NULL outside) for every number of the box at (column, row, head,
+ * batch), of which shared memory has a copy at `box`. */
+template <class Each>
+void emulator_box(uint32_t box, const CUtensorMap *map, int column, int row, int head, int batch, Each each)
 {
     const int columns = map->box_bytes / map->number_bytes;
     for (int r = 0; r < map->box_rows; r++) {
@@ -112,16 +124,51 @@ inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32
                 inside &= 0 <= at[i] && at[i] < map->sizes[i];
                 offset += at[i] * map->strides[i];
             }
-            const uint32_t to =
-                emulator_swizzle(target + (uint32_t)(map->box_bytes * r + map->number_bytes * c), map->box_bytes);
-            memset(dynamic_smem + to, 0, (size_t)map->number_bytes);
-            if (inside) memcpy(dynamic_smem + to, map->data + offset, (size_t)map->number_bytes);
+            const uint32_t place =
+                emulator_swizzle(box + (uint32_t)(map->box_bytes * r + map->number_bytes * c), map->box_bytes);
+            each(dynamic_smem + place, inside ? map->data + offset : nullptr);
         }
     }
+}
+inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32_t barrier, int column, int row,
+                                 int head, int batch)
+{
+    emulator_box(target, map, column, row, head, batch, [=](unsigned char *to, const unsigned char *from) {
+        memset(to, 0, (size_t)map->number_bytes);
+        if (from != nullptr) memcpy(to, from, (size_t)map->number_bytes);
+    });
     emulator_mbarrier &it = emulator_mbarriers.at(barrier);
     it.bytes -= map->box_bytes * map->box_rows;
     it.settle();
 }
+
+/* Copies the other way are made as late as they may be: when their thread waits. */
+struct emulator_store {
+    const CUtensorMap *map;
+    uint32_t source;
+    int column, row, head, batch;
+};
+inline std::map<int, std::vector<emulator_store>> emulator_stores; /* of a thread of the cluster */
+inline std::vector<emulator_store> &emulator_own_stores()
+{
+    return emulator_stores[emulator_rank * 1024 + (int)threadIdx.x];
+}
+inline void cp_async_bulk_tensor_store(const CUtensorMap *map, uint32_t source, int column, int row, int head,
+                                       int batch)
+{
+    emulator_own_stores().push_back({map, source, column, row, head, batch});
+}
+inline void cp_async_bulk_commit_group() {}
+inline void cp_async_bulk_wait_group_read()
+{
+    for (const emulator_store &it : emulator_own_stores())
+        emulator_box(it.source, it.map, it.column, it.row, it.head, it.batch,
+                     [&](const unsigned char *from, const unsigned char *to) {
+                         if (to != nullptr) memcpy((void *)to, from, (size_t)it.map->number_bytes);
+                     });
+    emulator_own_stores().clear();
+}
+inline void fence_proxy_async() {}
 inline void prefetch_tensormap(const CUtensorMap *) {}
 inline void cp_async_bulk_prefetch_tensor(const CUtensorMap *, int, int, int, int) {}
 
