@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -220,3 +222,49 @@ def test_results_lie_in_memory_as_the_query_does(order: tuple[int, ...], layout:
     out = flashcore.attention(*views, layout=layout)
     assert out.is_contiguous() == (layout == "bshd")
     assert (out if layout == "bshd" else out.transpose(1, 2)).is_contiguous()
+
+
+# empty_like without its dispatcher, where torch has it (csrc/python/result.c)
+
+
+QUERIES = {
+    "contiguous": lambda: torch.randn(2, 3, 5, 16),
+    "heads inside": lambda: torch.randn(2, 5, 3, 16).transpose(1, 2),
+    "columns first": lambda: torch.randn(2, 3, 16, 5).transpose(2, 3),
+    "with gaps": lambda: torch.randn(2, 3, 5, 20)[..., :16],
+    "expanded": lambda: torch.randn(1, 3, 5, 16).expand(2, 3, 5, 16),
+    "of one row": lambda: torch.randn(1, 3, 1, 16).as_strided((1, 3, 1, 16), (7, 16, 5, 1)),
+    "of no rows": lambda: torch.randn(2, 3, 0, 16),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(2, 3, 5, 16), requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", QUERIES)
+def test_results_are_as_empty_like_makes_them(name: str, dtype: Any) -> None:
+    query = QUERIES[name]().to(dtype)
+    key, value = (torch.randn(2, 3, 7, 16).to(dtype)[: query.shape[0]] for _ in range(2))
+    like = torch.empty_like(query)
+    with torch.inference_mode():
+        assert flashcore.attention(query, key, value).is_inference()
+    out = flashcore.attention(query, key, value)
+    assert type(out) is torch.Tensor
+    assert (out.shape, out.stride(), out.dtype, out.device) == (like.shape, like.stride(), like.dtype, like.device)
+    assert (out.requires_grad, out.is_inference(), out._version) == (False, False, 0)
+
+
+@pytest.mark.parametrize("broken", ["missing", "raises", "another"])
+def test_a_torch_without_the_private_functions(broken: str) -> None:
+    code = f"""
+import torch, flashcore
+guards = torch._C._dynamo.guards
+def raises(*args): raise RuntimeError("no")
+for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
+    if {broken!r} == "missing": delattr(guards, name)
+    else: setattr(guards, name, raises if {broken!r} == "raises" else lambda *args: 5)
+q = torch.randn(2, 3, 4, 16).transpose(1, 2)
+out = flashcore.attention(q, q, q)
+assert out.stride() == q.stride()
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -43,17 +43,23 @@ static PyObject *new_by_exchange(const fc_array *query, int32_t dtype, int ndim,
     return object;
 }
 
+static PyObject *tuple_of(int ndim, const int64_t *numbers)
+{
+    PyObject *tuple = PyTuple_New(ndim);
+    for (int i = 0; i < ndim && tuple != NULL; i++) {
+        PyObject *number = PyLong_FromLongLong(numbers[i]);
+        if (number == NULL || PyTuple_SetItem(tuple, i, number) != 0) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
 /* Everybody else: flashcore._interop.empty(query, shape, dtype, device_id, stream) -> (destination, finish or None). */
 static int new_by_interop(fc_state *state, const fc_array *query, int32_t dtype, int ndim, const int64_t *shape,
                           void *stream, fc_array *array, PyObject **object, PyObject **finish)
 {
     int error = -1;
-    PyObject *pair = NULL, *sizes = PyTuple_New(ndim), *function = fc_interop(state, "empty");
+    PyObject *pair = NULL, *sizes = tuple_of(ndim, shape), *function = fc_interop(state, "empty");
     if (sizes == NULL || function == NULL) goto done;
-    for (int i = 0; i < ndim; i++) {
-        PyObject *size = PyLong_FromLongLong(shape[i]);
-        if (size == NULL || PyTuple_SetItem(sizes, i, size) != 0) goto done;
-    }
     pair = PyObject_CallFunction(function, "OOsiN", query->object, sizes, fc_dtype_word(dtype),
                                  query->device_type == FC_CUDA ? query->device_id : -1, PyLong_FromVoidPtr(stream));
     if (pair == NULL) goto done;
@@ -77,11 +83,49 @@ done:
     return error;
 }
 
+/* Whether the numbers fill their span of memory, in any order of dimensions. */
+static bool is_dense(const fc_array *array)
+{
+    bool seen[FC_MAX_NDIM] = {false};
+    int64_t step = 1;
+    for (int i = 0, next; i < array->ndim; i++, seen[next] = true, step *= array->shape[next]) {
+        for (next = 0; next < array->ndim; next++)
+            if (!seen[next] && (array->strides[next] == step || array->shape[next] == 1)) break;
+        if (next == array->ndim || array->shape[next] == 0) return false;
+    }
+    return true;
+}
+
+/* As empty_like(query) of a dense query, at half its price: how Inductor's code makes its buffers, on the current
+ * device. A private function: where it is missing or refuses, for want of memory say, empty_like() has the say. */
+static PyObject *new_by_inductor(fc_state *state, const fc_array *query, void *stream, fc_array *array)
+{
+    PyObject *function =
+        query->device_type == FC_CUDA ? state->torch.empty_strided_cuda : state->torch.empty_strided_cpu;
+    if (function == NULL || !is_dense(query)) return NULL;
+    PyObject *sizes = tuple_of(query->ndim, query->shape), *strides = tuple_of(query->ndim, query->strides);
+    PyObject *object = NULL;
+    if (sizes != NULL && strides != NULL)
+        object = PyObject_CallFunctionObjArgs(function, sizes, strides, state->torch.dtypes[query->dtype], NULL);
+    Py_XDECREF(sizes);
+    Py_XDECREF(strides);
+    fc_kind kind = query->kind;
+    kind.type = (PyTypeObject *)state->torch.tensor_type;
+    if (object != NULL && ((PyObject *)Py_TYPE(object) != state->torch.tensor_type ||
+                           fc_array_import(state, array->name, object, &kind, stream, true, array) != 0 ||
+                           array->device_id != query->device_id))
+        Py_CLEAR(object);
+    PyErr_Clear();
+    return object;
+}
+
 /* As PyTorch's: laid out in memory as the query is, so that what a model made by transposing a projection goes back to
  * the next one without a copy; and known to its allocator, which record_stream() asks, as a tensor by DLPack is not. */
 static PyObject *new_by_torch(fc_state *state, const fc_array *query, void *stream, fc_array *array)
 {
-    PyObject *object = PyObject_CallFunctionObjArgs(state->torch.empty_like, query->object, NULL);
+    PyObject *object = new_by_inductor(state, query, stream, array);
+    if (object != NULL) return object;
+    object = PyObject_CallFunctionObjArgs(state->torch.empty_like, query->object, NULL);
     if (object == NULL) return NULL;
     fc_kind kind = query->kind;
     kind.type = Py_TYPE(object); /* of a Parameter, a Tensor */

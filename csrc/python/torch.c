@@ -6,17 +6,23 @@
  * own C functions (about 1 us for a call). What is not a plain eager call on plain tensors takes a way that torch
  * sees (autograd.c), or is refused in words.
  */
+#include <string.h>
+
 #include "binding.h"
 
-static PyObject *attribute_path(PyObject *module, const char *a, const char *b, const char *c)
+/* module.name, or of a path "a.b.c" the last one. */
+static PyObject *attribute_path(PyObject *module, const char *path)
 {
-    const char *const path[] = {a, b, c};
     PyObject *at = module;
     Py_INCREF(at);
-    for (int i = 0; i < 3 && path[i] != NULL && at != NULL; i++) {
-        PyObject *next = PyObject_GetAttrString(at, path[i]);
+    while (path != NULL && at != NULL) {
+        const char *dot = strchr(path, '.');
+        PyObject *name = PyUnicode_FromStringAndSize(path, dot != NULL ? dot - path : (Py_ssize_t)strlen(path));
+        PyObject *next = name == NULL ? NULL : PyObject_GetAttr(at, name);
+        Py_XDECREF(name);
         Py_DECREF(at);
         at = next;
+        path = dot != NULL ? dot + 1 : NULL;
     }
     return at;
 }
@@ -25,24 +31,30 @@ int fc_torch_load(fc_state *state, PyObject *torch)
 {
     const struct {
         PyObject **into;
-        const char *a, *b, *c;
+        const char *path;
         bool optional; /* not in every torch since 2.4 */
     } wanted[] = {
-        {&state->torch.parameter_type, "nn", "Parameter", NULL, false},
-        {&state->torch.strided, "strided", NULL, NULL, false},
-        {&state->torch.is_grad_enabled, "is_grad_enabled", NULL, NULL, false},
-        {&state->torch.is_any_autocast_enabled, "_C", "_is_any_autocast_enabled", NULL, true},
-        {&state->torch.function_modes, "_C", "_len_torch_function_stack", NULL, false},
-        {&state->torch.dispatch_modes, "_C", "_len_torch_dispatch_stack", NULL, false},
-        {&state->torch.functorch_level, "_C", "_functorch", "maybe_current_level", true},
-        {&state->torch.is_legacy_batched, "_C", "_functorch", "is_legacy_batchedtensor", true},
-        {&state->torch.is_tracing, "_C", "_is_tracing", NULL, false},
-        {&state->torch.forward_ad, "autograd", "forward_ad", NULL, true},
-        {&state->torch.get_num_threads, "get_num_threads", NULL, NULL, false},
-        {&state->torch.empty_like, "empty_like", NULL, NULL, false},
-        {&state->torch.is_autocast_enabled, "is_autocast_enabled", NULL, NULL, false},
-        {&state->torch.get_autocast_dtype, "get_autocast_dtype", NULL, NULL, true},
-        {&state->torch.tensor_type, "Tensor", NULL, NULL, false}, /* last: it says that all is loaded */
+        {&state->torch.parameter_type, "nn.Parameter", false},
+        {&state->torch.strided, "strided", false},
+        {&state->torch.is_grad_enabled, "is_grad_enabled", false},
+        {&state->torch.is_any_autocast_enabled, "_C._is_any_autocast_enabled", true},
+        {&state->torch.function_modes, "_C._len_torch_function_stack", false},
+        {&state->torch.dispatch_modes, "_C._len_torch_dispatch_stack", false},
+        {&state->torch.functorch_level, "_C._functorch.maybe_current_level", true},
+        {&state->torch.is_legacy_batched, "_C._functorch.is_legacy_batchedtensor", true},
+        {&state->torch.is_tracing, "_C._is_tracing", false},
+        {&state->torch.forward_ad, "autograd.forward_ad", true},
+        {&state->torch.get_num_threads, "get_num_threads", false},
+        {&state->torch.empty_like, "empty_like", false},
+        {&state->torch.empty_strided_cpu, "_C._dynamo.guards._empty_strided_cpu", true},
+        {&state->torch.empty_strided_cuda, "_C._dynamo.guards._empty_strided_cuda", true},
+        {&state->torch.dtypes[FC_FLOAT16], "float16", false},
+        {&state->torch.dtypes[FC_BFLOAT16], "bfloat16", false},
+        {&state->torch.dtypes[FC_FLOAT32], "float32", false},
+        {&state->torch.dtypes[FC_FLOAT64], "float64", false},
+        {&state->torch.is_autocast_enabled, "is_autocast_enabled", false},
+        {&state->torch.get_autocast_dtype, "get_autocast_dtype", true},
+        {&state->torch.tensor_type, "Tensor", false}, /* last: it says that all is loaded */
     };
     state->torch.name_requires_grad = PyUnicode_InternFromString("requires_grad");
     state->torch.name_is_neg = PyUnicode_InternFromString("is_neg");
@@ -54,7 +66,7 @@ int fc_torch_load(fc_state *state, PyObject *torch)
     state->torch.name_options = PyUnicode_InternFromString("options");
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
         if (*wanted[i].into != NULL) continue;
-        PyObject *found = attribute_path(torch, wanted[i].a, wanted[i].b, wanted[i].c);
+        PyObject *found = attribute_path(torch, wanted[i].path);
         if (found == NULL) {
             if (!wanted[i].optional || !PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
             PyErr_Clear();
