@@ -32,16 +32,6 @@ static inline uint64_t fc_mix(uint64_t mixed, uint64_t fact)
     return mixed ^ mixed >> 32;
 }
 
-/* Does the band leave every row its first keys, and every row its last ones? */
-static inline bool fc_is_open_left(const fc_forward_args *args)
-{
-    return args->band_left <= -args->seqlen_q + 1;
-}
-static inline bool fc_is_open_right(const fc_forward_args *args)
-{
-    return args->band_right >= args->seqlen_k - 1;
-}
-
 /* error.c: stores the words for fc_last_error and returns the status, so that callers can write
  * `return fc_fail(FC_INVALID, "...")`. */
 fc_status fc_fail(fc_status status, const char *format, ...) FC_PRINTF(2, 3);

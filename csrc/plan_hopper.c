@@ -166,23 +166,22 @@ double fc_hopper_weight(const fc_kernel *kernel)
 
 /* Cycles beyond what every call costs: those of the block with the most to do, 0.088 a row and key, where a tile's own
  * cost is that of 256 keys; two warpgroups take 20% more than three, and four with narrow tiles of keys 3% more, under
- * a window 13% less. Measured on an H100. */
+ * a narrow window 13% less. Measured on an H100. */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
 {
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
     int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
     double cost = (double)(256 + args->seqlen_k), load = cost * (double)rounds;
-    bool is_causal = fc_is_open_left(args) != fc_is_open_right(args);
-    bool is_window = !fc_is_open_left(args) && !fc_is_open_right(args);
-    if (is_causal || is_window) {
+    bool is_window = fc_is_narrow_window(args);
+    if (!fc_is_open_left(args) || !fc_is_open_right(args)) {
         double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
-        /* A window's tiles are alike; causal ones differ, and are dealt evenly. */
+        /* A narrow window's tiles are alike; others differ, and are dealt evenly. */
         load = (256 + mean) * (is_window ? (double)rounds : (double)plan->grid / (double)plan->num_blocks);
         if (load < 256 + most) load = 256 + most;
     }
     double lost = 1;
     if (kernel->head_dim <= 128 && kernel->block_m < 192) lost = 1.2;
-    /* Of a block's keys its warpgroups pass what a window hides from each. */
+    /* Of a block's keys its warpgroups pass what a narrow window hides from each. */
     if (kernel->block_m > 192) lost = is_window ? 0.87 : 1.03;
     return 1000 + 0.088 * load * kernel->block_m * lost * fc_hopper_weight(kernel);
 }

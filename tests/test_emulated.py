@@ -106,15 +106,17 @@ def test_every_row(row: list[str]) -> None:
     "row", [row for row in ROWS if row[0] == "hopper" and row[3] in ("full", "band")], ids="_".join
 )
 def test_every_row_of_many_tiles(row: list[str]) -> None:
-    """For each block, which then sends out by way of query's room where that has two stages. The band hides 70 rows, so
-    that warpgroups see nothing; a causal call takes turns and a window does not; and out may be out of reach."""
+    """For each block, which then sends out by way of query's room where that has two stages. Bands hide the first rows
+    from warpgroups, or whole tiles; four warpgroups take turns in a causal call and not in a window; out may have no
+    columns in a slab, or be out of the copy engine's reach."""
     family, dtype, dim, mask, block_m, block_n, *_ = row
     kernel = f"{family}_{dtype}_d{dim}_{mask}_{block_m}x{block_n}".encode()
     rows = 2 * int(block_m) + 9
     causal = {"is_causal": True, "diagonal": -70}
     for dim_v, options in [
         (int(dim) - 8, {} if mask == "full" else causal),
-        (int(dim) - 8, {} if mask == "full" else {"window": (150, 0), "diagonal": -70}),
+        (int(dim) // 2 - 8, {} if mask == "full" else {"window": (150, 0), "diagonal": -70}),
+        (int(dim), {} if mask == "full" else causal | {"diagonal": -int(block_m) - 70}),
         (int(dim) - 9, {} if mask == "full" else causal),
     ]:
         q, k, v = _qkv(rows, 200, int(dim), dtype=dtype)

@@ -228,21 +228,21 @@ def test_results_lie_in_memory_as_the_query_does(order: tuple[int, ...], layout:
 
 
 QUERIES = {
-    "contiguous": lambda: torch.randn(2, 3, 5, 16),
-    "heads inside": lambda: torch.randn(2, 5, 3, 16).transpose(1, 2),
-    "columns first": lambda: torch.randn(2, 3, 16, 5).transpose(2, 3),
-    "with gaps": lambda: torch.randn(2, 3, 5, 20)[..., :16],
-    "expanded": lambda: torch.randn(1, 3, 5, 16).expand(2, 3, 5, 16),
-    "of one row": lambda: torch.randn(1, 3, 1, 16).as_strided((1, 3, 1, 16), (7, 16, 5, 1)),
-    "of no rows": lambda: torch.randn(2, 3, 0, 16),
-    "parameter": lambda: torch.nn.Parameter(torch.randn(2, 3, 5, 16), requires_grad=False),
+    "contiguous": lambda dtype: torch.randn(2, 3, 5, 16).to(dtype),
+    "heads inside": lambda dtype: torch.randn(2, 5, 3, 16).to(dtype).transpose(1, 2),
+    "columns first": lambda dtype: torch.randn(2, 3, 16, 5).to(dtype).transpose(2, 3),
+    "with gaps": lambda dtype: torch.randn(2, 3, 5, 20).to(dtype)[..., :16],
+    "expanded": lambda dtype: torch.randn(1, 3, 5, 16).to(dtype).expand(2, 3, 5, 16),
+    "of one row": lambda dtype: torch.randn(1, 3, 1, 16).to(dtype).as_strided((1, 3, 1, 16), (48, 16, 5, 1)),
+    "of no rows": lambda dtype: torch.randn(2, 3, 0, 16).to(dtype),
+    "parameter": lambda dtype: torch.nn.Parameter(torch.randn(2, 3, 5, 16).to(dtype), requires_grad=False),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", QUERIES)
 def test_results_are_as_empty_like_makes_them(name: str, dtype: Any) -> None:
-    query = QUERIES[name]().to(dtype)
+    query = QUERIES[name](dtype)
     key, value = (torch.randn(2, 3, 7, 16).to(dtype)[: query.shape[0]] for _ in range(2))
     like = torch.empty_like(query)
     with torch.inference_mode():
@@ -253,18 +253,21 @@ def test_results_are_as_empty_like_makes_them(name: str, dtype: Any) -> None:
     assert (out.requires_grad, out.is_inference(), out._version) == (False, False, 0)
 
 
-@pytest.mark.parametrize("broken", ["missing", "raises", "another"])
-def test_a_torch_without_the_private_functions(broken: str) -> None:
+@pytest.mark.parametrize("broken", ["missing", "raises", "another", "counted"])
+def test_whatever_the_private_functions_do(broken: str) -> None:
     code = f"""
 import torch, flashcore
 guards = torch._C._dynamo.guards
+real, calls = guards._empty_strided_cpu, []
 def raises(*args): raise RuntimeError("no")
 for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
     if {broken!r} == "missing": delattr(guards, name)
     else: setattr(guards, name, raises if {broken!r} == "raises" else lambda *args: 5)
+if {broken!r} == "counted": guards._empty_strided_cpu = lambda *args: calls.append(args) or real(*args)
 q = torch.randn(2, 3, 4, 16).transpose(1, 2)
 out = flashcore.attention(q, q, q)
 assert out.stride() == q.stride()
 torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+assert len(calls) == ({broken!r} == "counted")
 """
     subprocess.run([sys.executable, "-c", code], check=True)

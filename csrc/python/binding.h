@@ -83,7 +83,8 @@ typedef struct fc_state {
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
             *is_legacy_batched, *is_tracing;
         PyObject *forward_ad, *get_num_threads;
-        PyObject *empty_like, *empty_strided_cpu, *empty_strided_cuda, *dtypes[FC_BOOL]; /* by FC_FLOAT16 and so on */
+        PyObject *empty_like, *empty_strided_cpu, *empty_strided_cuda, *current_device;
+        PyObject *dtypes[FC_FLOAT64 + 1]; /* by FC_FLOAT16 and so on */
         PyObject *is_autocast_enabled, *get_autocast_dtype;
         PyObject *integration; /* flashcore.torch._call, once needed */
         PyObject *name_requires_grad, *name_is_neg, *name_layout, *name_current_level, *name_dtype, *name_saved_tensors,

@@ -96,24 +96,38 @@ static bool is_dense(const fc_array *array)
     return true;
 }
 
-/* As empty_like(query) of a dense query, at half its price: how Inductor's code makes its buffers, on the current
- * device. A private function: where it is missing or refuses, for want of memory say, empty_like() has the say. */
-static PyObject *new_by_inductor(fc_state *state, const fc_array *query, void *stream, fc_array *array)
+/* torch's private allocator of the query's device, which is of the current one; NULL where that is another, or torch
+ * has none. */
+static PyObject *private_allocator(fc_state *state, const fc_array *query)
 {
-    PyObject *function =
-        query->device_type == FC_CUDA ? state->torch.empty_strided_cuda : state->torch.empty_strided_cpu;
-    if (function == NULL || !is_dense(query)) return NULL;
-    PyObject *sizes = tuple_of(query->ndim, query->shape), *strides = tuple_of(query->ndim, query->strides);
-    PyObject *object = NULL;
-    if (sizes != NULL && strides != NULL)
-        object = PyObject_CallFunctionObjArgs(function, sizes, strides, state->torch.dtypes[query->dtype], NULL);
-    Py_XDECREF(sizes);
-    Py_XDECREF(strides);
+    if (query->device_type != FC_CUDA) return state->torch.empty_strided_cpu;
+    if (state->torch.empty_strided_cuda == NULL || state->torch.current_device == NULL) return NULL;
+    PyObject *device = PyObject_CallNoArgs(state->torch.current_device);
+    long current = device == NULL ? -1 : PyLong_AsLong(device);
+    Py_XDECREF(device);
+    return current == query->device_id ? state->torch.empty_strided_cuda : NULL;
+}
+
+/* As empty_like(query) of a dense query, at half its price: how Inductor's code makes its buffers. Private functions:
+ * where they are missing or refuse, for want of memory say, empty_like() has the say. Only of tensors whose strides are
+ * known as they are, and whose import leaves nothing to release: those that the exchange API lends. */
+static PyObject *new_by_inductor(fc_state *state, const fc_array *query, int32_t dtype, void *stream, fc_array *array)
+{
+    bool is_lent = query->kind.protocol == FC_BY_EXCHANGE && query->kind.api->borrow_from_object != NULL;
+    if (!is_lent || dtype < FC_FLOAT16 || dtype > FC_FLOAT64 || !is_dense(query)) return NULL;
+    PyObject *object = NULL, *function = private_allocator(state, query);
+    if (function != NULL) {
+        PyObject *sizes = tuple_of(query->ndim, query->shape), *strides = tuple_of(query->ndim, query->strides);
+        if (sizes != NULL && strides != NULL)
+            object = PyObject_CallFunctionObjArgs(function, sizes, strides, state->torch.dtypes[dtype], NULL);
+        Py_XDECREF(sizes);
+        Py_XDECREF(strides);
+    }
     fc_kind kind = query->kind;
     kind.type = (PyTypeObject *)state->torch.tensor_type;
     if (object != NULL && ((PyObject *)Py_TYPE(object) != state->torch.tensor_type ||
                            fc_array_import(state, array->name, object, &kind, stream, true, array) != 0 ||
-                           array->device_id != query->device_id))
+                           array->device_type != query->device_type || array->device_id != query->device_id))
         Py_CLEAR(object);
     PyErr_Clear();
     return object;
@@ -121,9 +135,9 @@ static PyObject *new_by_inductor(fc_state *state, const fc_array *query, void *s
 
 /* As PyTorch's: laid out in memory as the query is, so that what a model made by transposing a projection goes back to
  * the next one without a copy; and known to its allocator, which record_stream() asks, as a tensor by DLPack is not. */
-static PyObject *new_by_torch(fc_state *state, const fc_array *query, void *stream, fc_array *array)
+static PyObject *new_by_torch(fc_state *state, const fc_array *query, int32_t dtype, void *stream, fc_array *array)
 {
-    PyObject *object = new_by_inductor(state, query, stream, array);
+    PyObject *object = new_by_inductor(state, query, dtype, stream, array);
     if (object != NULL) return object;
     object = PyObject_CallFunctionObjArgs(state->torch.empty_like, query->object, NULL);
     if (object == NULL) return NULL;
@@ -145,7 +159,7 @@ int fc_result_new(fc_state *state, const fc_array *query, const char *name, int3
     *array = (fc_array){.name = name, .kind = query->kind};
     *object = *finish = NULL;
     if (query->kind.is_torch && has_shape(query, dtype, ndim, shape)) {
-        *object = new_by_torch(state, query, stream, array);
+        *object = new_by_torch(state, query, dtype, stream, array);
         return *object == NULL ? -1 : 0;
     }
     switch (query->kind.protocol) {

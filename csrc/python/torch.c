@@ -48,6 +48,7 @@ int fc_torch_load(fc_state *state, PyObject *torch)
         {&state->torch.empty_like, "empty_like", false},
         {&state->torch.empty_strided_cpu, "_C._dynamo.guards._empty_strided_cpu", true},
         {&state->torch.empty_strided_cuda, "_C._dynamo.guards._empty_strided_cuda", true},
+        {&state->torch.current_device, "_C._cuda_getDevice", true}, /* of a torch with CUDA */
         {&state->torch.dtypes[FC_FLOAT16], "float16", false},
         {&state->torch.dtypes[FC_BFLOAT16], "bfloat16", false},
         {&state->torch.dtypes[FC_FLOAT32], "float32", false},

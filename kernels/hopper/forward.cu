@@ -15,8 +15,8 @@
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
- *     query_empty[stage]     every computing warp, after the tile's last q.k, or
- *                            when its rows of out have been copied from there        it may be overwritten
+ *     query_empty[stage]     every computing warp, after the tile's last q.k; where
+ *                            out has the room after, when it has been written        it may be overwritten
  *     key_full[stage]        its copies                                              this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
  *     value_full, value_empty: likewise, p.v
@@ -102,7 +102,7 @@ struct shared_memory {
 static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
 
 /* Out's rows go to memory by way of those of query, which are done with: where a second stage of query has the next
- * tile's meanwhile, so that nobody waits for the room. */
+ * tile's meanwhile. */
 constexpr bool COPIES_OUT = QUERY_STAGES == 2 && !HAS_MASKS;
 
 struct forward_params {
@@ -121,13 +121,12 @@ constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
 
 /* Three warpgroups that take turns gain up to 14%, two lose 2%. But turns hold back a warpgroup that is not where the
  * others are, as under a band, whose rows see other tiles of keys: at head_dim 128 causal calls lose up to 3% by them
- * and windows 7%, at 64 windows 4 to 6% of four warpgroups. */
+ * and windows 3 to 8%, at 64 narrow windows 3 to 7% of four warpgroups. */
 constexpr bool MAY_TAKE_TURNS = WARPGROUPS > 2 && (MASK != mask_class::band || HEAD_DIM <= 64);
 constexpr bool MUST_TAKE_TURNS = MAY_TAKE_TURNS && (MASK != mask_class::band || WARPGROUPS == 3);
 static bool should_take_turns(const fc_forward_args &args)
 {
-    const bool is_window = args.band_left > -args.seqlen_q && args.band_right < args.seqlen_k;
-    return MUST_TAKE_TURNS || (MAY_TAKE_TURNS && !is_window);
+    return MUST_TAKE_TURNS || (MAY_TAKE_TURNS && !fc_is_narrow_window(&args));
 }
 
 /* In a general call the warps that bring the mask look at it. In an unbiased one those that use it do, whose sixteen
@@ -288,7 +287,8 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         stages.next();
     };
 
-    /* After the tile's last q.k; where out then takes its room, when that has been copied, in the next tile. */
+    /* After the tile's last q.k; where out then may have the room, when out is written: at the tile's end by stores,
+     * in the next tile by copies. */
     const auto let_go_query = [&] {
         if (!COPIES_OUT) let_go(smem.query_empty, queries);
     };
