@@ -111,15 +111,15 @@ static PyObject *private_allocator(fc_state *state, const fc_array *query)
 /* As empty_like(query) of a dense query, at half its price: how Inductor's code makes its buffers. Private functions:
  * where they are missing or refuse, for want of memory say, empty_like() has the say. Only of tensors whose strides are
  * known as they are, and whose import leaves nothing to release: those that the exchange API lends. */
-static PyObject *new_by_inductor(fc_state *state, const fc_array *query, int32_t dtype, void *stream, fc_array *array)
+static PyObject *new_by_inductor(fc_state *state, const fc_array *query, void *stream, fc_array *array)
 {
     bool is_lent = query->kind.protocol == FC_BY_EXCHANGE && query->kind.api->borrow_from_object != NULL;
-    if (!is_lent || dtype < FC_FLOAT16 || dtype > FC_FLOAT64 || !is_dense(query)) return NULL;
+    if (!is_lent || query->dtype > FC_FLOAT64 || !is_dense(query)) return NULL;
     PyObject *object = NULL, *function = private_allocator(state, query);
     if (function != NULL) {
         PyObject *sizes = tuple_of(query->ndim, query->shape), *strides = tuple_of(query->ndim, query->strides);
         if (sizes != NULL && strides != NULL)
-            object = PyObject_CallFunctionObjArgs(function, sizes, strides, state->torch.dtypes[dtype], NULL);
+            object = PyObject_CallFunctionObjArgs(function, sizes, strides, state->torch.dtypes[query->dtype], NULL);
         Py_XDECREF(sizes);
         Py_XDECREF(strides);
     }
@@ -135,9 +135,9 @@ static PyObject *new_by_inductor(fc_state *state, const fc_array *query, int32_t
 
 /* As PyTorch's: laid out in memory as the query is, so that what a model made by transposing a projection goes back to
  * the next one without a copy; and known to its allocator, which record_stream() asks, as a tensor by DLPack is not. */
-static PyObject *new_by_torch(fc_state *state, const fc_array *query, int32_t dtype, void *stream, fc_array *array)
+static PyObject *new_by_torch(fc_state *state, const fc_array *query, void *stream, fc_array *array)
 {
-    PyObject *object = new_by_inductor(state, query, dtype, stream, array);
+    PyObject *object = new_by_inductor(state, query, stream, array);
     if (object != NULL) return object;
     object = PyObject_CallFunctionObjArgs(state->torch.empty_like, query->object, NULL);
     if (object == NULL) return NULL;
@@ -159,7 +159,7 @@ int fc_result_new(fc_state *state, const fc_array *query, const char *name, int3
     *array = (fc_array){.name = name, .kind = query->kind};
     *object = *finish = NULL;
     if (query->kind.is_torch && has_shape(query, dtype, ndim, shape)) {
-        *object = new_by_torch(state, query, dtype, stream, array);
+        *object = new_by_torch(state, query, stream, array);
         return *object == NULL ? -1 : 0;
     }
     switch (query->kind.protocol) {
