@@ -125,7 +125,7 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         int64_t at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
         /* Keys beyond the cache come from memory as often as blocks ask at different times: up to 6% of the time. */
-        bool is_cached = at_once / group * bytes <= device->l2_bytes * 4 / 5;
+        bool is_cached = at_once / group * bytes <= device->l2_bytes * 13 / 20;
         double lost = is_cached ? 0 : 0.06 * (double)at_once / (double)tries[0];
         for (int64_t is_short = 0; is_short <= (heads % at_once != 0); is_short++) {
             int64_t num_groups = heads / at_once + is_short;
@@ -148,12 +148,13 @@ void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan)
 
 double fc_hopper_mean_keys(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, double *most)
 {
-    enum { SAMPLES = 8 };
+    int64_t samples = row_tiles < 8 ? row_tiles : 8; /* tiles, or as many rows from the middle of each eighth */
     double mean = 0;
     *most = 0;
-    for (int64_t i = 0; i < SAMPLES; i++) {
-        double keys = (double)visible_keys(args, row_tiles * (2 * i + 1) / (2 * SAMPLES) * block_m, block_m);
-        mean += keys / SAMPLES;
+    for (int64_t i = 0; i < samples; i++) {
+        int64_t first_row = (row_tiles * (2 * i + 1) - samples) * block_m / (2 * samples);
+        double keys = (double)visible_keys(args, first_row, block_m);
+        mean += keys / (double)samples;
         if (keys > *most) *most = keys;
     }
     return mean;
@@ -164,26 +165,34 @@ double fc_hopper_weight(const fc_kernel *kernel)
     return kernel->head_dim <= 64 ? 1 : kernel->head_dim <= 128 ? 1.45 : 2.6;
 }
 
+/* A row and key of a kernel beside one of 192 x 128 at head_dim 64 or 192 x 64 at 128. Two warpgroups take 20% more
+ * than three, but in full and causal calls at head_dim 128, where they overlap their own products, as little as they;
+ * four with narrow tiles of keys 3% more, under a narrow window, of whose keys a block's warpgroups pass what it hides
+ * from each, 13% less. */
+static double pace(const fc_forward_args *args, const fc_kernel *kernel)
+{
+    if (kernel->block_m > 192) return fc_is_narrow_window(args) ? 0.87 : 1.03;
+    if (kernel->block_m == 192 || kernel->head_dim > 128) return 1;
+    bool is_causal = kernel->mask == fc_mask_band && (fc_is_open_left(args) || fc_is_open_right(args));
+    if (kernel->head_dim > 64 && kernel->mask == fc_mask_full) return 1.02;
+    return kernel->head_dim > 64 && is_causal ? 0.97 : 1.2;
+}
+
 /* Cycles beyond what every call costs: those of the block with the most to do, 0.088 a row and key, where a tile's own
- * cost is that of 256 keys; two warpgroups take 20% more than three, and four with narrow tiles of keys 3% more, under
- * a narrow window 13% less. Measured on an H100. */
+ * cost is that of 256 keys, or of 320 where tiles have 128. Measured on an H100. */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
 {
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
     int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
-    double cost = (double)(256 + args->seqlen_k), load = cost * (double)rounds;
+    double own = kernel->block_n == 128 ? 320 : 256, load = (own + (double)args->seqlen_k) * (double)rounds;
     bool is_window = fc_is_narrow_window(args);
     if (!fc_is_open_left(args) || !fc_is_open_right(args)) {
         double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
         /* A narrow window's tiles are alike; others differ, and are dealt evenly. */
-        load = (256 + mean) * (is_window ? (double)rounds : (double)plan->grid / (double)plan->num_blocks);
-        if (load < 256 + most) load = 256 + most;
+        load = (own + mean) * (is_window ? (double)rounds : (double)plan->grid / (double)plan->num_blocks);
+        if (load < own + most) load = own + most;
     }
-    double lost = 1;
-    if (kernel->head_dim <= 128 && kernel->block_m < 192) lost = 1.2;
-    /* Of a block's keys its warpgroups pass what a narrow window hides from each. */
-    if (kernel->block_m > 192) lost = is_window ? 0.87 : 1.03;
-    return 1000 + 0.088 * load * kernel->block_m * lost * fc_hopper_weight(kernel);
+    return 1000 + 0.088 * load * kernel->block_m * pace(args, kernel) * fc_hopper_weight(kernel);
 }
 
 /* Room for a copy of attn_mask with aligned rows, where rows differ and are not. */

@@ -238,6 +238,15 @@ template <int COUNT> static __device__ __forceinline__ void setmaxnreg_dec()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+/* What stands before stays before, and what stands behind, behind. The assembler moves waits up over arithmetic that
+ * does not need them, so that nothing overlaps any more, but not past the end of a basic block, as this is. (It says
+ * then, C7517, that it waits for products here itself, which is where the caller does.)
+ * never: false, but nothing that the compiler can know. */
+static __device__ __forceinline__ void keep_order(bool never)
+{
+    if (never) asm volatile("exit;");
+}
+
 /* Named barriers 0 to 15 of a block (0 is __syncthreads): `threads` of them arrive, of which some also wait. */
 static __device__ __forceinline__ void bar_sync(int barrier, int threads)
 {

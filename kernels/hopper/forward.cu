@@ -9,9 +9,9 @@
  * one more warp for each of them copies its rows of that; tiles that these hide are passed.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
- * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. In rows
- * with masks two warpgroups wait for q.k alone, and for p.v only before out and the weights are touched; general ones
- * do need the maximum, and look for it meanwhile.
+ * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Where
+ * there are but two they wait for q.k alone, and for p.v only before out and the weights are touched; general calls,
+ * which do need the maximum, look for it meanwhile.
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
@@ -119,11 +119,24 @@ struct forward_params {
  * whether any of its rows see a tile. */
 constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
 
-/* Three warpgroups that take turns gain up to 14%, two lose 2%. But turns hold back a warpgroup that is not where the
- * others are, as under a band, whose rows see other tiles of keys: at head_dim 128 causal calls lose up to 3% by them
- * and windows 3 to 8%, at 64 narrow windows 3 to 7% of four warpgroups. */
-constexpr bool MAY_TAKE_TURNS = WARPGROUPS > 2 && (MASK != mask_class::band || HEAD_DIM <= 64);
-constexpr bool MUST_TAKE_TURNS = MAY_TAKE_TURNS && (MASK != mask_class::band || WARPGROUPS == 3);
+/* Two warpgroups leave the tensor cores idle while both are in a softmax: so a warpgroup's p.v goes on under its own
+ * next one. (In general calls it does so under the search for the maximum.) At head_dim 256 products are so long that
+ * they gain nothing by it; three fill each other's gaps, and have no registers for weights that are made while others
+ * are in use. */
+constexpr bool OVERLAPS_P_V = WARPGROUPS == 2 && HEAD_DIM <= 128 && MASK != mask_class::general;
+
+/* Warpgroups whose products end at the same time have none to run under each other's softmax; in turns one is ahead.
+ * Handed on as soon as products are issued, turns gain three warpgroups up to 14%; two gain more when q.k is done,
+ * which leaves p.v to fill the change; three at head_dim 64, whose products are short beside the softmax, when both
+ * are. But turns hold back a warpgroup that is not where the others are, as under a band, whose rows see other tiles of
+ * keys: there three at head_dim 128 lose up to 3% in causal calls and 3 to 8% under windows, and four at 64 lose 3 to
+ * 7% under narrow windows. */
+enum class hands_on { when_issued, after_q_k, after_both };
+constexpr hands_on HANDS_ON = WARPGROUPS == 2                     ? hands_on::after_q_k
+                              : WARPGROUPS == 3 && HEAD_DIM <= 64 ? hands_on::after_both
+                                                                  : hands_on::when_issued;
+constexpr bool MAY_TAKE_TURNS = WARPGROUPS == 2 ? OVERLAPS_P_V : MASK != mask_class::band || HEAD_DIM <= 64;
+constexpr bool MUST_TAKE_TURNS = MAY_TAKE_TURNS && (WARPGROUPS <= 3 || MASK != mask_class::band);
 static bool should_take_turns(const fc_forward_args &args)
 {
     return MUST_TAKE_TURNS || (MAY_TAKE_TURNS && !fc_is_narrow_window(&args));
@@ -133,7 +146,8 @@ static bool should_take_turns(const fc_forward_args &args)
  * rows of bools are two or four loads; of a float mask they would be up to sixteen. Where products are short, the next
  * tile is looked at under them, elsewhere under the last p.v. */
 constexpr bool TELLS = MASK == mask_class::general, LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
-/* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use. */
+/* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use: they
+ * wait for p.v together with q.k. */
 constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS == 3;
 
 using mask_tiles = fc::mask_tiles<T, 64>;
@@ -320,12 +334,25 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::wgmma_fence();
         start_q_k();
         start_p_v();
-        end_turn();
+        if (HANDS_ON == hands_on::when_issued) end_turn();
+    };
+    /* One after the other, where the softmax is to run under p.v. */
+    const auto finish_q_k = [&] {
+        fc::wgmma_wait<1>();
+        if (HANDS_ON == hands_on::after_q_k) end_turn();
+        fc::hold(s);
+        let_go(smem.key_empty, keys);
+    };
+    const auto finish_p_v = [&] {
+        fc::wgmma_wait<0>();
+        fc::hold(out);
+        fc::hold(p);
     };
     const auto multiply_both = [&](auto meanwhile) {
         start_both();
         meanwhile();
         fc::wgmma_wait<0>();
+        if (HANDS_ON == hands_on::after_both) end_turn();
         fc::hold(s);
         fc::hold(out);
         let_go(smem.key_empty, keys);
@@ -336,10 +363,11 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         wait_turn();
         fc::wgmma_fence();
         start_q_k();
-        end_turn();
+        if (HANDS_ON != hands_on::after_both) end_turn();
         meanwhile();
         fc::hold(out);
         fc::wgmma_wait<0>();
+        if (HANDS_ON == hands_on::after_both) end_turn();
         fc::hold(s);
         let_go(smem.key_empty, keys);
     };
@@ -430,12 +458,16 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 let_go_mask();
                 if (!TELLS && !LOOKS_AHEAD) look();
                 if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
-                softmax.step<T>(s, p, out, unit_log2, [&] {
+                const auto settle = [&] {
                     if (SETTLES_FIRST) return;
-                    fc::wgmma_wait<0>();
-                    fc::hold(out);
-                    fc::hold(p);
+                    finish_p_v();
                     if (pending) let_go(smem.value_empty, values);
+                };
+                constexpr bool IS_LATE = OVERLAPS_P_V || MASK == mask_class::general;
+                if (!IS_LATE) settle();
+                softmax.step<T>(s, p, out, unit_log2, [&] {
+                    if (OVERLAPS_P_V) keep_order(j > 1 << 30);
+                    if (IS_LATE) settle();
                 });
             };
             const auto start_next = [&] {
@@ -447,9 +479,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 } else {
                     start_both();
                     look_ahead();
-                    fc::wgmma_wait<1>();
-                    fc::hold(s);
-                    let_go(smem.key_empty, keys);
+                    finish_q_k();
                 }
                 return true;
             };
@@ -490,7 +520,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             int j = work.end - 1;
             /* q.k of tile j in s -> weights in p. The last tile's q.k was the last to read query. */
             const auto is_cut = [&] { return j >= view.end_whole || j < view.first_whole; };
-            const auto weigh = [&](auto masked, auto is_first) {
+            const auto weigh = [&](auto masked, auto is_first, auto settle) {
                 if (j == view.first) let_go_query();
                 if (masked && (!is_first || is_cut())) {
 #pragma unroll
@@ -498,11 +528,21 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                         fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
                 }
                 if constexpr (is_first) softmax.take_reference(s, unit_log2);
-                softmax.step<T>(s, p, out, unit_log2, [] {});
+                softmax.step<T>(s, p, out, unit_log2, settle);
             };
             const auto step = [&](auto masked) {
-                multiply_both([] {});
-                weigh(masked, no);
+                if constexpr (OVERLAPS_P_V) {
+                    start_both();
+                    finish_q_k();
+                    weigh(masked, no, [&] {
+                        keep_order(j > 1 << 30);
+                        finish_p_v();
+                        let_go(smem.value_empty, values);
+                    });
+                } else {
+                    multiply_both([] {});
+                    weigh(masked, no, [] {});
+                }
             };
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
@@ -510,7 +550,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             let_go_copied();
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
-            weigh(yes, yes);
+            weigh(yes, yes, [] {});
             j--;
             if constexpr (MASK == mask_class::band) {
                 for (; j >= view.end_whole; j--) step(yes);

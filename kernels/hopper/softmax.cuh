@@ -66,7 +66,8 @@ struct online_softmax {
      * A tile's scores to weights; s is used up. unit_log2 is (the unit of s) * log2(e), positive. Scores of float32's
      * finfo.min, from a mask, are no harm: their product is -inf, unless they are the row's reference, which is then
      * subtracted first.
-     * settle(): called before p and out are touched, which a product may use until then.
+     * settle(): called before p and out are touched, which a product may use until then: when all exponentials are
+     * there, in general calls when the maximum is.
      */
     template <class T, int COUNT, int OUT, class Settle>
     __device__ __forceinline__ void step(float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&out)[OUT],
@@ -79,8 +80,11 @@ struct online_softmax {
             if (__any_sync(0xffffffffu, isnan(offset[0] + offset[1]))) subtract_reference(s);
             weigh<T>(s, p, tile_sum, unit_log2);
         } else {
+            uint32_t next[COUNT / 2];
+            weigh<T>(s, next, tile_sum, unit_log2);
             settle();
-            weigh<T>(s, p, tile_sum, unit_log2);
+#pragma unroll
+            for (int i = 0; i < COUNT / 2; i++) p[i] = next[i];
             if (!__all_sync(0xffffffffu, tile_sum[0] < MOST && tile_sum[1] < MOST)) { /* or NaN */
                 take_maximum(s, out, unit_log2, [] {});
                 subtract_reference(s);

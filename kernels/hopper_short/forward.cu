@@ -21,6 +21,7 @@
  *     mask_come[w]    its copies, for each tile               warp w's rows of attn_mask may be read
  *     parts_full      the other blocks' stores                all parts of the rows that this block joins are there
  *     READY (named)   warp 0 arrives, all others wait         the barriers above are there
+ *     TURN + w        warpgroup w waits, the other arrives    w may issue its products
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -49,9 +50,19 @@ using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS, fc::WARPS;
 constexpr int WARPGROUPS = THREADS / 128;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
-constexpr int READY = 1; /* a named barrier; 0 is __syncthreads */
+/* Named barriers (0 is __syncthreads): mbarriers are ready; and from TURN on, one a warpgroup, whose turn it is to
+ * issue. */
+constexpr int READY = 1, TURN = 2;
+
+/* Two warpgroups that begin together stay together: their products end at the same time, and then neither has any to
+ * run under the other's softmax. In turns, handed on when q.k is done, one is ahead. */
+constexpr bool TAKES_TURNS = WARPGROUPS == 2;
 
 constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, HAS_MASKS) / WARPGROUPS;
+
+/* A lone warpgroup's p.v goes on under its next softmax, where there are registers for weights beside those in use. */
+constexpr int NUMBERS = FC_HOPPER_SHORT_NUMBERS(BLOCK_N, HEAD_DIM, HAS_MASKS) + BLOCK_N / 4;
+constexpr bool OVERLAPS_P_V = WARPGROUPS == 1 && !HAS_MASKS && NUMBERS + 40 <= 65536 / THREADS / BLOCKS_THAT_FIT;
 
 /* As many tiles of keys and values as fit beside query. */
 constexpr int SMEM_BYTES = 227 * 1024;
@@ -156,6 +167,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */
     if (warp_of_block == 0) load_all(params, smem, work);
     __syncwarp();
+    if (num_splits > 1) barrier_cluster_wait(); /* the other blocks' are there, before the first copies */
 
     const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
     const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
@@ -168,8 +180,13 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     fc::online_softmax softmax;
     int j = view.end - 1;
 
+    const auto wait_turn = [&] {
+        if (TAKES_TURNS) bar_sync(TURN + warpgroup, 256);
+    };
+    const auto end_turn = [&] {
+        if (TAKES_TURNS) bar_arrive(TURN + (warpgroup ^ 1), 256);
+    };
     const auto start_q_k = [&] {
-        mbarrier_wait(at(smem.key_full[j - work.first]), 0);
         fc::wgmma_fence();
         fc::multiply_q_k(s, query, fc::advance(key, (j - work.first) * 2 * KEY_BYTES));
     };
@@ -195,7 +212,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         return args.attn_mask.dtype == FC_BOOL ? masks.template look_at_bools<16>(mask, 0) : fc::shown::some;
     };
     const fc::score_options<T, mask_tiles> options(args, params.options, params.schedule, masks, work, row);
-    const auto weigh = [&](auto is_first) {
+    const auto weigh = [&](auto is_first, auto settle) {
         const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
         if constexpr (HAS_MASKS) {
             options.apply(s, j, is_cut, finish_mask(), mask, 0);
@@ -207,27 +224,49 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
                 fc::hide(s, r, fc::visible_columns(params.schedule, row, j * BLOCK_N + thread_key, r));
         }
         if constexpr (is_first && MASK != mask_class::general) softmax.take_reference(s, unit_log2);
-        softmax.step<T>(s, p, out, unit_log2, [] {});
+        softmax.step<T>(s, p, out, unit_log2, settle);
     };
 
     fc::out_rows<T> rows;
     const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
+    /* Tiles of keys that these rows do not see. */
+    const auto pass = [&](int tiles) {
+#pragma unroll 1
+        for (; TAKES_TURNS && tiles > 0; tiles--) wait_turn(), end_turn();
+    };
+    if (warpgroup == 1) end_turn(); /* warpgroup 0 begins */
     if (view.first < view.end) {
+        pass(work.end - view.end);
         if (HAS_MASKS) start_mask(j);
         mbarrier_wait(at(smem.query_full), 0);
+        mbarrier_wait(at(smem.key_full[j - work.first]), 0);
+        wait_turn();
         start_q_k();
+        end_turn();
         fc::wgmma_wait<0>();
         fc::hold(s);
-        weigh(std::true_type());
+        weigh(std::true_type(), [] {});
         for (j--; j >= view.first; j--) {
+            mbarrier_wait(at(smem.key_full[j - work.first]), 0);
             mbarrier_wait(at(smem.value_full[j + 1 - work.first]), 0);
+            wait_turn();
             fc::hold(out);
             start_q_k();
             start_p_v(j + 1);
-            fc::wgmma_wait<0>();
+            fc::wgmma_wait<1>();
+            end_turn();
+            if (!OVERLAPS_P_V) fc::wgmma_wait<0>();
             fc::hold(s);
-            fc::hold(out);
-            weigh(std::false_type());
+            if (!OVERLAPS_P_V) fc::hold(out);
+            weigh(std::false_type(), [&] {
+                if (!OVERLAPS_P_V) return;
+                /* It is full, as it was before; but the assembler moves the wait behind it up over the whole softmax,
+                 * and not over a loop. (keep_order() it takes for a place to wait, and moves that up.) */
+                mbarrier_wait(at(smem.value_full[j + 1 - work.first]), 0);
+                fc::wgmma_wait<0>();
+                fc::hold(out);
+                fc::hold(p);
+            });
         }
         mbarrier_wait(at(smem.value_full[view.first - work.first]), 0);
         fc::hold(out);
@@ -236,14 +275,16 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
         finish(); /* while the last product runs */
         fc::wgmma_wait<0>();
         fc::hold(out);
+        pass(view.first - work.first);
     } else {
+        pass(work.end - work.first);
         finish();
     }
+    if (warpgroup == 0) wait_turn(); /* takes the arrival that nobody waits for */
     if (num_splits > 1) {
         const int joiner = params.joining.rank_of(warp_of_block);
         const auto *parts = (const fc::part *)(dynamic_shared() + params.parts_offset) +
                             params.joining.first_part(warp_of_block); /* the other ranks', in their order */
-        barrier_cluster_wait();
         if (rank != joiner) {
             fc::send_part(out, softmax, mapa(shared_address(parts[rank - (rank > joiner)]), joiner),
                           mapa(at(smem.parts_full), joiner));

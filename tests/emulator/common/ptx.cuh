@@ -191,6 +191,7 @@ inline bool elect_sync()
 }
 inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
+inline void keep_order(bool) {}
 
 template <int COUNT> void setmaxnreg_inc() {}
 template <int COUNT> void setmaxnreg_dec() {}
