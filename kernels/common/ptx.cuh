@@ -240,8 +240,8 @@ template <int COUNT> static __device__ __forceinline__ void setmaxnreg_dec()
 
 /* What stands before stays before, and what stands behind, behind. The assembler moves waits up over arithmetic that
  * does not need them, so that nothing overlaps any more, but not past the end of a basic block, as this is. (It says
- * then, C7517, that it waits for products here itself, which is where the caller does.)
- * never: false, but nothing that the compiler can know. */
+ * then, C7517, that it waits for products before this itself, where the caller does behind. In hopper_short it moves
+ * that wait up in turn: look at the machine code.) never: false, but nothing that the compiler can know. */
 static __device__ __forceinline__ void keep_order(bool never)
 {
     if (never) asm volatile("exit;");

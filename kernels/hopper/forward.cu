@@ -9,9 +9,9 @@
  * one more warp for each of them copies its rows of that; tiles that these hide are passed.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
- * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Where
- * there are but two they wait for q.k alone, and for p.v only before out and the weights are touched; general calls,
- * which do need the maximum, look for it meanwhile.
+ * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
+ * up to 128 columns wait for q.k alone, and for p.v only before out and the weights are touched; so do general calls,
+ * which do need the maximum and look for it meanwhile.
  *
  *     barrier                completes by                                            means
  *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
@@ -126,11 +126,11 @@ constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
 constexpr bool OVERLAPS_P_V = WARPGROUPS == 2 && HEAD_DIM <= 128 && MASK != mask_class::general;
 
 /* Warpgroups whose products end at the same time have none to run under each other's softmax; in turns one is ahead.
- * Handed on as soon as products are issued, turns gain three warpgroups up to 14%; two gain more when q.k is done,
- * which leaves p.v to fill the change; three at head_dim 64, whose products are short beside the softmax, when both
- * are. But turns hold back a warpgroup that is not where the others are, as under a band, whose rows see other tiles of
- * keys: there three at head_dim 128 lose up to 3% in causal calls and 3 to 8% under windows, and four at 64 lose 3 to
- * 7% under narrow windows. */
+ * Handed on as soon as products are issued, turns gain three warpgroups up to 14%; two gain more when q.k is done (a
+ * tile's first excepted, which is alone), which leaves p.v to fill the change; three at head_dim 64, whose products are
+ * short beside the softmax, when both are. But turns hold back a warpgroup that is not where the others are, as under a
+ * band, whose rows see other tiles of keys: there three at head_dim 128 lose up to 3% in causal calls and 3 to 8% under
+ * windows, and four at 64 lose 3 to 7% under narrow windows. */
 enum class hands_on { when_issued, after_q_k, after_both };
 constexpr hands_on HANDS_ON = WARPGROUPS == 2                     ? hands_on::after_q_k
                               : WARPGROUPS == 3 && HEAD_DIM <= 64 ? hands_on::after_both
@@ -149,6 +149,7 @@ constexpr bool TELLS = MASK == mask_class::general, LOOKS_AHEAD = !TELLS && HEAD
 /* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use: they
  * wait for p.v together with q.k. */
 constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS == 3;
+static_assert(HANDS_ON != hands_on::after_both || !HAS_MASKS || SETTLES_FIRST, "or nobody hands the turn on");
 
 using mask_tiles = fc::mask_tiles<T, 64>;
 

@@ -55,7 +55,8 @@ static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 constexpr int READY = 1, TURN = 2;
 
 /* Two warpgroups that begin together stay together: their products end at the same time, and then neither has any to
- * run under the other's softmax. In turns, handed on when q.k is done, one is ahead. */
+ * run under the other's softmax. In turns, handed on when q.k is done (the first as soon as it is issued), one is
+ * ahead. */
 constexpr bool TAKES_TURNS = WARPGROUPS == 2;
 
 constexpr int BLOCKS_THAT_FIT = FC_HOPPER_SHORT_WARPGROUPS(BLOCK_N, HEAD_DIM, HAS_MASKS) / WARPGROUPS;
@@ -167,7 +168,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     griddepcontrol_wait();                                /* from here on memory is as the kernels before left it */
     if (warp_of_block == 0) load_all(params, smem, work);
     __syncwarp();
-    if (num_splits > 1) barrier_cluster_wait(); /* the other blocks' are there, before the first copies */
+    if (num_splits > 1) barrier_cluster_wait(); /* the others' are, long before the first copies have come */
 
     const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
     const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;

@@ -96,6 +96,8 @@ bool run_cluster()
         idle = progress ? 0 : idle + 1;
         if (idle == PATIENCE) return false;
     }
+    for (const emulator_warpgroup &it : warpgroups)
+        if (!it.groups.empty() || !it.issued.empty()) return false; /* nobody waited for a product */
     return true;
 }
 

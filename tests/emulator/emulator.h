@@ -5,8 +5,8 @@
  * the headers of instructions (common/ptx.cuh, hopper/wgmma.cuh) and of the host's calls. Each thread of a block is a
  * fiber; a fiber that waits for a barrier, for a copy or for the other lanes of its warp lets the next one run. What is
  * checked is therefore results, index arithmetic and the protocol of barriers: where no fiber can go on, the block
- * is stuck, and the run ends with an error. What is not: that asynchronous products are waited for before their
- * registers are touched (they run at once here), speed.
+ * is stuck, and the run ends with an error. Products run when they are waited for, on what their registers and their
+ * shared memory hold then: so whatever is overwritten too early, or read, shows. What is not checked: speed.
  */
 #ifndef FC_EMULATOR_H
 #define FC_EMULATOR_H
@@ -17,6 +17,10 @@
 #include <string.h>
 
 #include <algorithm>
+#include <array>
+#include <deque>
+#include <functional>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -89,8 +93,10 @@ struct emulator_warp {
 };
 struct emulator_warpgroup {
     emulator_meeting meeting;
-    float *d[128];
-    const uint32_t *a[128];
+    std::array<float *, 128> d;
+    std::array<const uint32_t *, 128> a;
+    std::vector<std::function<void()>> issued;             /* products, not yet of a group */
+    std::deque<std::vector<std::function<void()>>> groups; /* not yet waited for, the oldest first */
 };
 emulator_warp &emulator_this_warp();
 emulator_warpgroup &emulator_this_warpgroup();
