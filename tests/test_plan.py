@@ -748,6 +748,27 @@ def test_short_or_long(batch: int, heads: int, seqlen: int, flags: int, name: st
 
 
 @needs_hopper_build
+@pytest.mark.parametrize(
+    "head_dim,flags,tiles",
+    [
+        (64, 0, ["256x64", "256x64", "256x64", "256x64", "192x128", "192x128"]),
+        (64, CAUSAL, ["256x64", "256x64", "256x64", "256x64", "192x128", "192x128"]),
+        (128, 0, ["128x128", "128x128", "192x64", "192x64", "128x128", "128x128"]),
+        (128, CAUSAL, ["128x128", "128x128", "192x64", "128x128", "128x128", "192x64"]),
+    ],
+    ids=str,
+)
+def test_tiles_of_long_calls(head_dim: int, flags: int, tiles: list[str]) -> None:
+    """Of 16,384 tokens in sequences of 512 to 16,384, as measured (docs/hopper.md)."""
+    chosen = []
+    for seqlen in [512, 1024, 2048, 4096, 8192, 16384]:
+        sizes = {"num_heads_q": 2048 // head_dim, "num_heads_kv": 2048 // head_dim, "batch": 16384 // seqlen}
+        sizes |= {"seqlen_q": seqlen, "seqlen_k": seqlen, "head_dim": head_dim, "head_dim_v": head_dim}
+        chosen.append(name_of(capi.plan(capi.shapes_only(**sizes, flags=flags), HOPPER)[1]).split("_")[-1])
+    assert chosen == tiles
+
+
+@needs_hopper_build
 @pytest.mark.parametrize("num_sms", [1, 16, 114, 132])
 @pytest.mark.parametrize("flags", [0, CAUSAL])
 @pytest.mark.parametrize("heads,seqlen", [(h, s) for h in (1, 5, 8, 64, 100, 200, 600) for s in (64, 128, 300, 1000)])
