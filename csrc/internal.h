@@ -102,7 +102,7 @@ const char *fc_hopper_reads_what(const fc_forward_args *args);
  * with that of another kernel for the same problem. */
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
                              fc_plan *plan);
-/* Keys that a tile of rows sees, on the average and (the result) and at most. */
+/* Keys that a tile of rows sees, on the average (the result) and at most, by eight of many tiles. */
 double fc_hopper_mean_keys(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, double *most);
 double fc_hopper_weight(const fc_kernel *kernel); /* of a row and key of this head_dim; 1: of 64 */
 /* Heads that share keys follow each other: for where all tiles cost the same. */

@@ -344,7 +344,8 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::hold(s);
         let_go(smem.key_empty, keys);
     };
-    const auto finish_p_v = [&] {
+    const auto finish_p_v = [&](int tile) {
+        if (OVERLAPS_P_V) keep_order(tile > 1 << 30); /* there are fewer */
         fc::wgmma_wait<0>();
         fc::hold(out);
         fc::hold(p);
@@ -461,13 +462,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
                 const auto settle = [&] {
                     if (SETTLES_FIRST) return;
-                    finish_p_v();
+                    finish_p_v(j);
                     if (pending) let_go(smem.value_empty, values);
                 };
                 constexpr bool IS_LATE = OVERLAPS_P_V || MASK == mask_class::general;
                 if (!IS_LATE) settle();
                 softmax.step<T>(s, p, out, unit_log2, [&] {
-                    if (OVERLAPS_P_V) keep_order(j > 1 << 30);
                     if (IS_LATE) settle();
                 });
             };
@@ -536,8 +536,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     start_both();
                     finish_q_k();
                     weigh(masked, no, [&] {
-                        keep_order(j > 1 << 30);
-                        finish_p_v();
+                        finish_p_v(j);
                         let_go(smem.value_empty, values);
                     });
                 } else {
