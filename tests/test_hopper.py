@@ -647,7 +647,18 @@ def test_out_of_any_strides(name: str, dim_v: int, word: str, dtype: str) -> Non
 @every_dtype
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "diagonal": -70}, {"window": (90, 5)}], ids=str)
 @pytest.mark.parametrize(
-    "dim,tile", [(40, (192, 128)), (64, (256, 64)), (64, (128, 128)), (72, (192, 64)), (128, (192, 64))]
+    "dim,tile",
+    [
+        (40, (192, 128)),
+        (64, (256, 64)),
+        (64, (128, 128)),
+        (72, (192, 64)),
+        (128, (192, 64)),
+        (104, (128, 128)),
+        (128, (128, 128)),
+        (200, (128, 64)),
+        (256, (128, 64)),
+    ],
 )
 def test_out_of_many_tiles(
     dim: int, tile: tuple[int, int], options: Options, dtype: str, monkeypatch: pytest.MonkeyPatch

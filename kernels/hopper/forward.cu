@@ -3,10 +3,11 @@
  *
  *     query [BLOCK_M, head_dim], key [BLOCK_N, head_dim], value [BLOCK_N, head_dim_v] -> out [BLOCK_M, head_dim_v]
  *
- * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread drives the
- * copy engine; two to four warpgroups of 64 rows each compute. A warpgroup walks its tiles of keys from the last to
- * the first, since the masked ones are the last, and its out never leaves its registers. Where there is an attn_mask,
- * one more warp for each of them copies its rows of that; tiles that these hide are passed.
+ * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread has the
+ * copy engine bring tiles, others have it take out away; two to four warpgroups of 64 rows each compute. A warpgroup
+ * walks its tiles of keys from the last to the first, since the masked ones are the last, and its out never leaves its
+ * registers. Where there is an attn_mask, one more warp for each of them copies its rows of that; tiles that these hide
+ * are passed.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
@@ -14,18 +15,21 @@
  * which do need the maximum and look for it meanwhile.
  *
  *     barrier                completes by                                            means
- *     query_full[stage]      its copies: 1 arrival, then their bytes                 query may be read
- *     query_empty[stage]     every computing warp, after the tile's last q.k; where
- *                            out has the room after, when it has been written        it may be overwritten
- *     key_full[stage]        its copies                                              this key tile may be read
- *     key_empty[stage]       every computing warp, after its q.k of it               it may be overwritten
- *     value_full, value_empty: likewise, p.v
- *     mask_full[w][stage]    its copies, or each lane that copied                    w's rows of attn_mask may be read
- *     mask_told[w][stage]    general: the warp that copied                           mask_shows says what they show
- *     mask_empty[w][stage]   every warp of warpgroup w (where lanes copy, each lane) they may be overwritten
- *     READY (named, all)     the copying warp arrives, all others wait               the barriers above are there
- *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives              w may issue its products
- *     LOOK + w (named, 128)  every thread of warpgroup w                             do any of its rows see the tile?
+ *     query_full[p][stage]   its copies: 1 arrival, then their bytes                 part p of query may be read
+ *     query_empty[p][stage]  every warp that reads it, after the tile's last q.k;
+ *                            where out has the room after, when that has been read   it may be overwritten
+ *     key_full[stage]        its copies; of a stage that is left to out, the thread
+ *                            that would ask for them                                 this key tile may be read, or
+ * written key_empty[stage]       every computing warp, after its q.k of it; for those, when out has been read, the
+ * thread that has it copied   it may be overwritten value_full, value_empty: likewise, p.v out_full[w]            every
+ * warp of warpgroup w                               rooms[w] holds its finished rows out_empty[w]           the thread
+ * that has them copied                         rooms[w] may name the next mask_full[w][stage]    its copies, or each
+ * lane that copied                    w's rows of attn_mask may be read mask_told[w][stage]    general: the warp that
+ * copied                           mask_shows says what they show mask_empty[w][stage]   every warp of warpgroup w
+ * (where lanes copy, each lane) they may be overwritten READY (named, all)     the copying warp arrives, all others
+ * wait               the barriers above are there TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives w
+ * may issue its products LOOK + w (named, 128)  every thread of warpgroup w                             do any of its
+ * rows see the tile?
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -69,7 +73,7 @@ constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGR
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
-constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 512;
+constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 640;
 constexpr int MASK_STAGES = MASK == mask_class::unbiased && WARPGROUPS == 3 ? 3 : 4;        /* of bools, the smallest */
 constexpr int MASK_BYTES = HAS_MASKS ? MASK_STAGES * fc::mask_tile_bytes<64>(FC_BOOL) : 16; /* a warpgroup's */
 constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
@@ -84,26 +88,41 @@ static_assert(VALUE_STAGES >= 2, "one tile is copied while another is read");
 /* A warpgroup lets go of the keys that only later rows of the tile see, and of their values a little later. */
 static_assert((BLOCK_M - 64 + BLOCK_N - 1) / BLOCK_N < VALUE_STAGES, "meanwhile the copies go on");
 
+/* A second stage has the next tile's query meanwhile. Where there is none, each warpgroup's rows come by themselves, as
+ * soon as it is done with those before. */
+constexpr int QUERY_PARTS = QUERY_STAGES == 1 ? WARPGROUPS : 1, QUERY_ROWS = BLOCK_M / QUERY_PARTS;
+
+/* Where a warpgroup's finished rows lie, and which barrier hears that they have been read. */
+struct out_room {
+    uint32_t rows, empty;
+};
+
 struct shared_memory {
-    alignas(1024) T::element query[QUERY_STAGES][SLABS][BLOCK_M][64];
+    alignas(1024) T::element query[QUERY_STAGES][QUERY_PARTS][SLABS][QUERY_ROWS][64];
     alignas(1024) T::element key[KEY_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) uint8_t mask[WARPGROUPS][MASK_BYTES];
     int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
-    fc::shown_keys shown[1 + WARPGROUPS];                   /* each copying warp's own */
-    fc::shown mask_shows[WARPGROUPS][MASK_STAGES];          /* with mask, of a general call */
-    uint64_t query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
+    out_room rooms[WARPGROUPS];
+    fc::shown_keys shown[1 + WARPGROUPS];          /* each copying warp's own */
+    fc::shown mask_shows[WARPGROUPS][MASK_STAGES]; /* with mask, of a general call */
+    uint64_t query_full[QUERY_PARTS][QUERY_STAGES], query_empty[QUERY_PARTS][QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
+    uint64_t out_full[WARPGROUPS], out_empty[WARPGROUPS];
     uint64_t mask_full[WARPGROUPS][MASK_STAGES], mask_told[WARPGROUPS][MASK_STAGES];
     uint64_t mask_empty[WARPGROUPS][MASK_STAGES];
     uint32_t unused; /* fc::prefetch_params */
 };
 static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
 
-/* Out's rows go to memory by way of those of query, which are done with: where a second stage of query has the next
- * tile's meanwhile. */
-constexpr bool COPIES_OUT = QUERY_STAGES == 2 && !HAS_MASKS;
+/* Out's rows go to memory by way of shared memory: over those of query, which are done with, where a second stage has
+ * the next tile's meanwhile; elsewhere through a stage of values, which the copying thread leaves free behind a tile's
+ * last, or, where that has room for one warpgroup's rows alone, one of keys for the other's. */
+constexpr bool COPIES_OUT = !HAS_MASKS, OUT_IN_QUERY = COPIES_OUT && QUERY_STAGES == 2;
+constexpr bool OUT_IN_VALUES = COPIES_OUT && !OUT_IN_QUERY, OUT_IN_KEYS = OUT_IN_VALUES && BLOCK_M > BLOCK_N;
+constexpr int OUT_SLAB_BYTES = (OUT_IN_QUERY ? BLOCK_M : BLOCK_N) * 128; /* from a slab of its rows to the next */
+static_assert(!OUT_IN_VALUES || BLOCK_M == BLOCK_N || (WARPGROUPS == 2 && BLOCK_N == 64), "each has room for its rows");
 
 struct forward_params {
     CUtensorMap query, key, value;
@@ -180,6 +199,11 @@ template <int COUNT> struct ring {
     }
 };
 
+/* Keys come a tile ahead of values, as they are used, or together with theirs: at head_dim 64, where that is 1% faster,
+ * and with masks, whose copying thread has no registers for a second place in a ring. */
+constexpr bool KEYS_ARE_AHEAD = !HAS_MASKS && HEAD_DIM > 64;
+static_assert(KEYS_ARE_AHEAD || (KEY_STAGES == VALUE_STAGES && !OUT_IN_VALUES), "one place in both rings");
+
 /* The copying thread, which a mask gives a warp to search with: brings, as room becomes free, what the consumers will
  * ask for. The first keys come before query, for whose room a tile's last q.k is waited for. */
 static __device__ __forceinline__ void produce(const forward_params &params, shared_memory &smem)
@@ -190,15 +214,44 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     uint32_t turn = 0;
     bool first = true;
     fc::tile_work work = {};
+    /* A stage that out is to go through, behind the tile's last; of values it need not be there before the next tile's
+     * first keys. */
+    const auto leave = [](const uint64_t *full, const uint64_t *empty, auto &stages) {
+        mbarrier_wait(at(empty[stages.stage]), stages.phase ^ 1);
+        mbarrier_arrive(at(full[stages.stage]));
+        stages.next();
+    };
+    bool owes_values = false;
+    const auto leave_values = [&] {
+        if (owes_values) leave(smem.value_full, smem.value_empty, values);
+        owes_values = false;
+    };
     const auto load_query = [&] {
-        mbarrier_wait(at(smem.query_empty[queries.stage]), queries.phase ^ 1);
+        const auto wait_for_room = [&](int part) {
+            mbarrier_wait(at(smem.query_empty[part][queries.stage]), queries.phase ^ 1);
+        };
         if (HAS_MASKS) {
+            for (int part = 0; part < QUERY_PARTS; part++) wait_for_room(part);
             smem.first_shown[queries.stage] = work.first;
             smem.end_shown[queries.stage] = work.end;
         }
-        fc::load_tile(smem.query[queries.stage], params.query, at(smem.query_full[queries.stage]), work.row, work.head,
-                      work.batch);
+        for (int part = 0; part < QUERY_PARTS; part++) {
+            if (!HAS_MASKS) wait_for_room(part);
+            fc::load_tile(smem.query[queries.stage][part], params.query, at(smem.query_full[part][queries.stage]),
+                          work.row + QUERY_ROWS * part, work.head, work.batch);
+        }
         queries.next();
+    };
+    const auto load_key = [&](int j) {
+        mbarrier_wait(at(smem.key_empty[keys.stage]), keys.phase ^ 1);
+        fc::load_tile(smem.key[keys.stage], params.key, at(smem.key_full[keys.stage]), j * BLOCK_N, work.head_kv,
+                      work.batch);
+    };
+    const auto load_value = [&](int j, auto &stages) {
+        mbarrier_wait(at(smem.value_empty[stages.stage]), stages.phase ^ 1);
+        fc::load_tile(smem.value[stages.stage], params.value, at(smem.value_full[stages.stage]), j * BLOCK_N,
+                      work.head_kv, work.batch);
+        stages.next();
     };
     for (; fc::next_tile(params.schedule, turn, work); first = false) {
         if (work.first == work.end) continue; /* the rows see no key */
@@ -208,20 +261,26 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
             if (threadIdx.x % 32 != 0) continue;
         }
         if (work.first == work.end) load_query();
-        const int before_query = QUERY_STAGES == 2 || first ? work.end - 1 : max(work.first, work.end - KEY_STAGES + 1);
-        for (int j = work.end - 1; j >= work.first; j--, keys.next(), values.next()) {
-            mbarrier_wait(at(smem.key_empty[keys.stage]), keys.phase ^ 1);
-            fc::load_tile(smem.key[keys.stage], params.key, at(smem.key_full[keys.stage]), j * BLOCK_N, work.head_kv,
-                          work.batch);
-            if (j == before_query) load_query();
-            /* Of as many stages, values' ring is where keys' is, and takes no registers. */
-            const int stage = KEY_STAGES == VALUE_STAGES ? keys.stage : values.stage;
-            const uint32_t phase = KEY_STAGES == VALUE_STAGES ? keys.phase : values.phase;
-            mbarrier_wait(at(smem.value_empty[stage]), phase ^ 1);
-            fc::load_tile(smem.value[stage], params.value, at(smem.value_full[stage]), j * BLOCK_N, work.head_kv,
-                          work.batch);
+        const int before_query =
+            QUERY_STAGES == 2 || !HAS_MASKS || first ? work.end - 1 : max(work.first, work.end - KEY_STAGES + 1);
+        for (int j = work.end - 1; j >= work.first; j--) {
+            load_key(j);
+            if (j == before_query) {
+                leave_values();
+                load_query();
+            }
+            if constexpr (KEYS_ARE_AHEAD) {
+                keys.next();
+                if (j + 1 < work.end) load_value(j + 1, values);
+            } else {
+                load_value(j, keys); /* its place is theirs */
+            }
         }
+        if (KEYS_ARE_AHEAD) load_value(work.first, values);
+        owes_values = OUT_IN_VALUES && params.out->is_mapped;
+        if (OUT_IN_KEYS && owes_values) leave(smem.key_full, smem.key_empty, keys);
     }
+    leave_values();
 }
 
 /* A warp that brings attn_mask, of M, to a computing warpgroup, as there is room. In a general call it also tells of
@@ -269,6 +328,34 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
     }
 }
 
+/* A thread that has finished rows copied to memory: a computing warp would wait there, at each box, for the copies of
+ * tiles that have been asked for before. It is one of three, which the warpgroups share. */
+constexpr int STORING_THREADS = 3;
+static __device__ __forceinline__ void store_out(const forward_params &params, shared_memory &smem, int first)
+{
+    /* The room's barrier waits for the warps whose rows lie there; for a stage that is one warpgroup's, for all. */
+    constexpr int ARRIVALS = OUT_IN_KEYS ? 4 * WARPGROUPS : 4;
+    uint32_t turn = 0, phase = 0;
+    fc::tile_work work = {};
+    while (fc::next_tile(params.schedule, turn, work)) {
+        if (work.first == work.end) continue; /* written by the warpgroup itself */
+#pragma unroll 1
+        for (int w = first; w < WARPGROUPS; w += STORING_THREADS) {
+            mbarrier_wait(at(smem.out_full[w]), phase);
+            const out_room room = smem.rooms[w];
+            mbarrier_arrive(at(smem.out_empty[w]));
+            for (int slab = 0; slab < SLABS; slab++)
+                cp_async_bulk_tensor_store(&params.out->map, room.rows + slab * OUT_SLAB_BYTES, 64 * slab,
+                                           work.row + 64 * w, work.head, work.batch);
+            cp_async_bulk_commit_group();
+            cp_async_bulk_wait_group_read();
+#pragma unroll 1
+            for (int i = 0; i < ARRIVALS; i++) mbarrier_arrive(room.empty);
+        }
+        phase ^= 1;
+    }
+}
+
 /* A computing warpgroup: 64 rows of each tile. */
 static __device__ __forceinline__ void consume(const forward_params &params, shared_memory &smem, int warpgroup)
 {
@@ -277,7 +364,8 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const int thread_row = 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
     const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
 
-    const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][0][64 * warpgroup]), BLOCK_M * 128);
+    const int part = QUERY_PARTS == 1 ? 0 : warpgroup, row_of_part = 64 * (warpgroup - part); /* this warpgroup's */
+    const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][part][0][row_of_part]), QUERY_ROWS * 128);
     const uint64_t key = fc::tile_descriptor(shared_address(smem.key), BLOCK_N * 128);
     const uint64_t value = fc::tile_descriptor(shared_address(smem.value), BLOCK_N * 128);
     const bool takes_turns = MUST_TAKE_TURNS || (MAY_TAKE_TURNS && params.takes_turns);
@@ -291,6 +379,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
+    ring<1> outs;
     ring<MASK_STAGES> masks, looked; /* done with; looked at */
     const mask_tiles tiles(args.attn_mask, *params.mask, params.schedule);
     const bool has_mask = MASK == mask_class::unbiased || args.attn_mask.dtype != FC_NONE;
@@ -302,19 +391,30 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         stages.next();
     };
 
-    /* After the tile's last q.k; where out then may have the room, when out is written: at the tile's end by stores,
-     * in the next tile by copies. */
+    /* After the tile's last q.k; where out has the room after, when that has been written. */
     const auto let_go_query = [&] {
-        if (!COPIES_OUT) let_go(smem.query_empty, queries);
+        if (!OUT_IN_QUERY) let_go(smem.query_empty[part], queries);
     };
-    bool is_copying = false;
-    const auto let_go_copied = [&] {
-        if (!is_copying) return;
-        if (lane == 0) {
-            cp_async_bulk_wait_group_read();
-            mbarrier_arrive(at(smem.query_empty[queries.stage ^ 1]));
+    /* Where this warpgroup's rows of out go. */
+    const auto take_room = [&] {
+        out_room room;
+        if constexpr (OUT_IN_QUERY) {
+            room = {shared_address(smem.query[queries.stage][0][0][row_of_part]),
+                    at(smem.query_empty[0][queries.stage])};
+            queries.next();
+            return room;
         }
-        is_copying = false;
+        if (OUT_IN_KEYS && warpgroup == 0) {
+            wait_for(smem.key_full, keys);
+            room = {shared_address(smem.key[keys.stage]), at(smem.key_empty[keys.stage])};
+        } else {
+            wait_for(smem.value_full, values);
+            room = {shared_address(smem.value[values.stage][0][OUT_IN_KEYS ? 0 : 64 * warpgroup]),
+                    at(smem.value_empty[values.stage])};
+        }
+        if (OUT_IN_KEYS) keys.next();
+        values.next();
+        return room;
     };
 
     float s[BLOCK_N / 2], out[HEAD_DIM / 2] = {};
@@ -324,7 +424,8 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     /* Every tile of keys is a turn, in which a warpgroup issues: the tile's q.k, and the p.v of the tile before it as
      * far as there is one. */
     const auto start_q_k = [&] {
-        fc::multiply_q_k(s, fc::advance(query, queries.stage * QUERY_BYTES), fc::advance(key, keys.stage * KEY_BYTES));
+        fc::multiply_q_k<QUERY_ROWS>(s, fc::advance(query, queries.stage * QUERY_BYTES),
+                                     fc::advance(key, keys.stage * KEY_BYTES));
     };
     const auto start_p_v = [&] { fc::multiply_p_v(out, p, fc::advance(value, values.stage * KEY_BYTES)); };
     const auto start_both = [&] {
@@ -401,7 +502,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     fc::tile_work work;
     while (fc::next_tile(params.schedule, turn, work)) {
         const bool has_query = work.first < work.end;
-        if (has_query) wait_for(smem.query_full, queries);
+        if (has_query) wait_for(smem.query_full[part], queries);
         if (has_query && HAS_MASKS) {
             work.first = __shfl_sync(0xffffffffu, smem.first_shown[queries.stage], 0);
             work.end = __shfl_sync(0xffffffffu, smem.end_shown[queries.stage], 0);
@@ -547,7 +648,6 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 #pragma unroll 1
             for (; j >= view.end; j--) pass_key();
             multiply_first(zero_out);
-            let_go_copied();
 #pragma unroll 1
             for (int passed = work.end - 1; passed > j; passed--) pass_value();
             weigh(yes, yes, [] {});
@@ -565,7 +665,6 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 for (; j >= work.first; j--) pass_key(), pass_value();
             }
         } else {
-            let_go_copied();
             finish();
             if (has_query) {
 #pragma unroll 1
@@ -573,38 +672,45 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 let_go_query();
             }
         }
-        is_copying = COPIES_OUT && has_query && params.out->is_mapped;
-        if (is_copying) {
-            const int first_row = 64 * warpgroup + 16 * warp;
-            rows.copy(out, params.out->map, shared_address(smem.query[queries.stage][0][first_row]), BLOCK_M * 128,
-                      work, work.row + first_row);
-            queries.next();
+        if (COPIES_OUT && has_query && params.out->is_mapped) {
+            const out_room room = take_room();
+            mbarrier_wait(at(smem.out_empty[warpgroup]), outs.phase ^ 1);
+            rows.lay(out, room.rows + 16 * warp * 128, OUT_SLAB_BYTES);
+            if (threadIdx.x % 128 == 0) smem.rooms[warpgroup] = room;
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(at(smem.out_full[warpgroup]));
+            outs.next();
         } else {
             rows.write(out, args);
-            if (COPIES_OUT && has_query) let_go(smem.query_empty, queries);
+            if (OUT_IN_QUERY && has_query) let_go(smem.query_empty[part], queries);
         }
         rows.write_lse(args, work, row);
     }
-    if (is_copying && lane == 0) cp_async_bulk_wait_group_read(); /* before its shared memory is gone */
-    if (warpgroup == 0) wait_turn();                              /* takes the arrival that nobody waits for */
+    if (warpgroup == 0) wait_turn(); /* takes the arrival that nobody waits for */
 }
 
 /* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
 template <int COUNT>
-static __device__ __forceinline__ void init_ring(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT])
+static __device__ __forceinline__ void init_ring(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT],
+                                                 int arrivals)
 {
     for (int stage = 0; stage < COUNT; stage++) {
         mbarrier_init(at(full[stage]), 1);
-        mbarrier_init(at(empty[stage]), 4 * WARPGROUPS);
+        mbarrier_init(at(empty[stage]), arrivals);
     }
 }
 
 /* By one thread. */
 static __device__ __forceinline__ void init_barriers(const forward_params &params, shared_memory &smem)
 {
-    init_ring(smem.query_full, smem.query_empty);
-    init_ring(smem.key_full, smem.key_empty);
-    init_ring(smem.value_full, smem.value_empty);
+    for (int part = 0; part < QUERY_PARTS; part++)
+        init_ring(smem.query_full[part], smem.query_empty[part], 4 * WARPGROUPS / QUERY_PARTS);
+    init_ring(smem.key_full, smem.key_empty, 4 * WARPGROUPS);
+    init_ring(smem.value_full, smem.value_empty, 4 * WARPGROUPS);
+    for (int w = 0; w < (COPIES_OUT ? WARPGROUPS : 0); w++) {
+        mbarrier_init(at(smem.out_full[w]), 4);
+        mbarrier_init(at(smem.out_empty[w]), 1);
+    }
     for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
         for (int stage = 0; stage < MASK_STAGES; stage++) {
             mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));
@@ -657,6 +763,8 @@ static __global__ __launch_bounds__(THREADS,
         } else if (HAS_MASKS && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {
             const mask_tiles tiles(params.args.attn_mask, *params.mask, params.schedule);
             tiles.with_dtype([&](auto m) { bring_mask<decltype(m)>(params, smem, tiles, warp - 1); });
+        } else if (COPIES_OUT && threadIdx.x % 32 == 0 && params.out->is_mapped) {
+            store_out(params, smem, warp - 1);
         }
     } else {
         setmaxnreg_inc<CONSUMER_REGISTERS>();
@@ -673,7 +781,7 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *given, const fc_plan *pla
     }
     forward_params params = {
         {}, {}, {}, args, fc::schedule(args, *plan), fc::option_params(args), should_take_turns(args), {}, {}};
-    if (error == cudaSuccess) error = fc::make_tensor_maps(&params.query, &params.key, &params.value, args);
+    if (error == cudaSuccess) error = fc::make_tensor_maps(&params.query, &params.key, &params.value, args, QUERY_ROWS);
     if (error == cudaSuccess && COPIES_OUT) error = fc::make_out_map(params.out, args, *plan);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, args, 64);
     if (error != cudaSuccess) return error;

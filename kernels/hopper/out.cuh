@@ -2,11 +2,11 @@
  * out.cuh - from a warpgroup's finished registers to out and lse.
  *
  * In a wgmma result a row's neighbours lie two by two in the four lanes of a quad. Two ways from there to memory:
- * copy(), where there is room for the rows in shared memory: stmatrix lays them out, and the copy engine writes whole
+ * lay(), where there is room for the rows in shared memory: stmatrix lays them out, and the copy engine writes whole
  * lines while the warp goes on. write(), elsewhere: the quad trades neighbours, so that each lane gets eight in a row,
  * which one 16-byte store writes; or, where out's strides forbid such a store, each lane writes its own elements.
  *
- * In two steps, because the sums are known while the last product still runs: out_rows(), then copy() or write(), and
+ * In two steps, because the sums are known while the last product still runs: out_rows(), then lay() or write(), and
  * write_lse().
  */
 #ifndef FC_HOPPER_OUT_CUH
@@ -23,9 +23,9 @@
 
 namespace fc {
 
-/* How copy() reaches out, in boxes of a warp's sixteen rows; is_mapped is false where it cannot, or would have to write
- * part of 16 bytes, and where blocks have two tiles or fewer on average: a block's last copies end later than stores
- * would, by 2% of such a call. */
+/* How the copy engine reaches out, in boxes of a warpgroup's rows; is_mapped is false where it cannot, or would have to
+ * write part of 16 bytes, and where blocks have two tiles or fewer on average: a block's last copies end later than
+ * stores would, by 2% of such a call. */
 struct out_map {
     CUtensorMap map;
     bool is_mapped;
@@ -35,7 +35,7 @@ static cudaError_t make_out_map(out_map *out, const fc_forward_args &args, const
     out->is_mapped = plan.grid > 2 * plan.num_blocks && args.head_dim_v % 8 == 0 && fc_hopper_maps(&args.out);
     if (!out->is_mapped) return cudaSuccess;
     return make_tensor_map(&out->map, args.out, args.head_dim_v, args.seqlen_q, args.num_heads_q, args.batch,
-                           {128, 16});
+                           {128, 64});
 }
 
 /* A thread's two rows, g and g + 8. */
@@ -73,11 +73,19 @@ template <class T> struct out_rows {
             }
         }
 #pragma unroll
-        for (int r = 0; r < 2; r++) factor[r] *= rcp_approx_ftz(sum[r]);
+        for (int r = 0; r < 2; r++) factor[r] = shows[r] ? factor[r] * rcp_approx_ftz(sum[r]) : 0;
         any_hidden = __any_sync(0xffffffffu, !shows[0] || !shows[1]);
         const fc_tensor &to = args.out;
         const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;
         eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
+    }
+
+    /* Out of a row that sees no key may be NaN by a hidden value. */
+    __device__ __forceinline__ void clear_hidden(float (&out)[HEAD_DIM / 2]) const
+    {
+        if (!any_hidden) return;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = shows[i / 2 % 2] ? out[i] : 0;
     }
 
     __device__ __forceinline__ void write_lse(const fc_forward_args &args, const tile_work &work, int row) const
@@ -90,11 +98,11 @@ template <class T> struct out_rows {
                     sum[r] == 0 ? -INFINITY : max[r] + logf(sum[r]);
     }
 
-    /* The warp's rows from first_row on, what lies past the array left out. room: the address of sixteen rows of 128
-     * bytes in the first of the slabs, which are slab_bytes apart; free again when lane 0 has waited for its copies. */
-    __device__ __forceinline__ void copy(const float (&out)[HEAD_DIM / 2], const CUtensorMap &map, uint32_t room,
-                                         uint32_t slab_bytes, const tile_work &work, int first_row) const
+    /* Lays the warp's sixteen rows out in shared memory for the copy engine: in rows of 128 bytes from `room` on, of
+     * each of the slabs, which are slab_bytes apart. */
+    __device__ __forceinline__ void lay(float (&out)[HEAD_DIM / 2], uint32_t room, uint32_t slab_bytes) const
     {
+        clear_hidden(out);
         const int lane = threadIdx.x % 32;
         /* Of each two groups of eight columns a lane names the place of one row of one; rows are swizzled. */
         const uint32_t place = room + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
@@ -106,25 +114,14 @@ template <class T> struct out_rows {
                 const int r = m % 2, at = 4 * (i + m / 2) + 2 * r;
                 pairs[m] = pack<T>(out[at] * factor[r], out[at + 1] * factor[r]);
             }
-            if (any_hidden) { /* 0 / 0, or a hidden NaN */
-#pragma unroll
-                for (int m = 0; m < 4; m++) pairs[m] = shows[m % 2] ? pairs[m] : 0;
-            }
             stmatrix_x4((place ^ i % 8 * 16) + i / 8 * slab_bytes, pairs);
         }
         fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) {
-#pragma unroll
-            for (int column = 0; column < HEAD_DIM; column += 64)
-                cp_async_bulk_tensor_store(&map, room + column / 64 * slab_bytes, column, first_row, work.head,
-                                           work.batch);
-            cp_async_bulk_commit_group();
-        }
     }
 
-    __device__ __forceinline__ void write(const float (&out)[HEAD_DIM / 2], const fc_forward_args &args) const
+    __device__ __forceinline__ void write(float (&out)[HEAD_DIM / 2], const fc_forward_args &args) const
     {
+        clear_hidden(out);
         const int lane = threadIdx.x % 4;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -132,10 +129,6 @@ template <class T> struct out_rows {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 8; i++)
                 pairs[i] = pack<T>(out[4 * i + 2 * r] * factor[r], out[4 * i + 2 * r + 1] * factor[r]);
-            if (any_hidden) { /* 0 / 0, or a hidden NaN */
-#pragma unroll
-                for (int i = 0; i < HEAD_DIM / 8; i++) pairs[i] = shows[r] ? pairs[i] : 0;
-            }
             if (eights) {
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 32; i++) {

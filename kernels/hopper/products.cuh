@@ -12,8 +12,8 @@
 
 namespace fc {
 
-/* s = query @ key.T for 64 rows and a tile of keys. */
-__device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK_N / 2], uint64_t query, uint64_t key)
+/* s = query @ key.T for 64 rows, of a tile of ROWS, and a tile of keys. */
+template <int ROWS> __device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK_N / 2], uint64_t query, uint64_t key)
 {
     /* Where there are masks, no register is left for query's descriptors, advanced, from one tile to the next. */
     uint32_t low = (uint32_t)query;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void multiply_q_k(float (&s)[BLOCK_N / 2], uint64_t q
     query = query >> 32 << 32 | low;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
-        const uint64_t q = advance(query, d / 64 * BLOCK_M * 128 + d % 64 * 2);
+        const uint64_t q = advance(query, d / 64 * ROWS * 128 + d % 64 * 2);
         const uint64_t k = advance(key, d / 64 * BLOCK_N * 128 + d % 64 * 2);
         if (d == 0) {
             wgmma_ss<0>(s, q, k);

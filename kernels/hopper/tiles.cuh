@@ -51,10 +51,10 @@ template <class Params> __device__ __forceinline__ void prefetch_keys(const Para
 /* Those of a forward call's inputs, in boxes of the kernel's tiles. Without keys nothing is copied; the maps must be
  * valid all the same. */
 static cudaError_t make_tensor_maps(CUtensorMap *query, CUtensorMap *key, CUtensorMap *value,
-                                    const fc_forward_args &args)
+                                    const fc_forward_args &args, int query_rows)
 {
-    cudaError_t error =
-        make_tensor_map(query, args.query, args.head_dim, args.seqlen_q, args.num_heads_q, args.batch, {128, BLOCK_M});
+    cudaError_t error = make_tensor_map(query, args.query, args.head_dim, args.seqlen_q, args.num_heads_q, args.batch,
+                                        {128, query_rows});
     *key = *value = *query;
     if (args.seqlen_k == 0 || error != cudaSuccess) return error;
     error = make_tensor_map(key, args.key, args.head_dim, args.seqlen_k, args.num_heads_kv, args.batch, {128, BLOCK_N});

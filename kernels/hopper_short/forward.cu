@@ -189,7 +189,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     };
     const auto start_q_k = [&] {
         fc::wgmma_fence();
-        fc::multiply_q_k(s, query, fc::advance(key, (j - work.first) * 2 * KEY_BYTES));
+        fc::multiply_q_k<BLOCK_M>(s, query, fc::advance(key, (j - work.first) * 2 * KEY_BYTES));
     };
     const auto start_p_v = [&](int tile) {
         fc::multiply_p_v(out, p, fc::advance(value, (tile - work.first) * 2 * KEY_BYTES));
@@ -321,7 +321,7 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
                              parts_offset,
                              mask_offset,
                              {}};
-    cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args);
+    cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args, BLOCK_M);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, *args, 16);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(

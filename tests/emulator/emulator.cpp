@@ -113,6 +113,13 @@ void emulator_progress()
 {
     progress = true;
 }
+void emulator_give_way()
+{
+    for (int round = 0; round < 3; round++) {
+        emulator_progress();
+        emulator_yield();
+    }
+}
 emulator_warp &emulator_this_warp()
 {
     return warps[current / 32];

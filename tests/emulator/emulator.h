@@ -67,6 +67,7 @@ extern unsigned char dynamic_smem[];
 /* Lets the others run. progress: whether anything has changed since; when nothing has for long, nothing will. */
 void emulator_yield();
 void emulator_progress();
+void emulator_give_way(); /* lets the others run on, as far as a few rounds take them */
 
 /* Waits until all `members` fibers that name the same meeting have come; the last to come calls meet() first. */
 struct emulator_meeting {

@@ -142,7 +142,7 @@ inline void cp_async_bulk_tensor(uint32_t target, const CUtensorMap *map, uint32
     it.settle();
 }
 
-/* Copies the other way are made as late as they may be: when their thread waits. */
+/* Copies the other way are made as late as they may be: when their thread waits, and after all others have run on. */
 struct emulator_store {
     const CUtensorMap *map;
     uint32_t source;
@@ -161,6 +161,7 @@ inline void cp_async_bulk_tensor_store(const CUtensorMap *map, uint32_t source, 
 inline void cp_async_bulk_commit_group() {}
 inline void cp_async_bulk_wait_group_read()
 {
+    emulator_give_way();
     for (const emulator_store &it : emulator_own_stores())
         emulator_box(it.source, it.map, it.column, it.row, it.head, it.batch,
                      [&](const unsigned char *from, const unsigned char *to) {

@@ -4,7 +4,7 @@
  *
  * Tiles lie in slabs of 64 columns, rows of 128 bytes, swizzled. A descriptor is a shared address and how far apart
  * the slabs are. The layout of d and of an a in registers is that of the real header. What is issued runs when its
- * group is waited for, as late as it may.
+ * group is waited for, as late as it may, and after all others have run on.
  */
 #ifndef FC_HOPPER_WGMMA_CUH
 #define FC_HOPPER_WGMMA_CUH
@@ -27,6 +27,7 @@ inline void wgmma_commit()
 template <int PENDING> void wgmma_wait()
 {
     emulator_warpgroup &all = emulator_this_warpgroup();
+    emulator_give_way();
     emulator_meet(all.meeting, 128, [&] {
         for (; all.groups.size() > PENDING; all.groups.pop_front())
             for (const auto &product : all.groups.front()) product();
