@@ -5,31 +5,33 @@
  *
  * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread has the
  * copy engine bring tiles, others have it take out away; two to four warpgroups of 64 rows each compute. A warpgroup
- * walks its tiles of keys from the last to the first, since the masked ones are the last, and its out never leaves its
- * registers. Where there is an attn_mask, one more warp for each of them copies its rows of that; tiles that these hide
- * are passed.
+ * walks its tiles of keys from the last to the first, since the masked ones are the last, and its out stays in
+ * registers until it is finished. Where there is an attn_mask, one more warp for each of them copies its rows of that;
+ * tiles that these hide are passed.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
  * up to 128 columns wait for q.k alone, and for p.v only before out and the weights are touched; so do general calls,
  * which do need the maximum and look for it meanwhile.
  *
- *     barrier                completes by                                            means
- *     query_full[p][stage]   its copies: 1 arrival, then their bytes                 part p of query may be read
- *     query_empty[p][stage]  every warp that reads it, after the tile's last q.k;
- *                            where out has the room after, when that has been read   it may be overwritten
- *     key_full[stage]        its copies; of a stage that is left to out, the thread
- *                            that would ask for them                                 this key tile may be read, or
- * written key_empty[stage]       every computing warp, after its q.k of it; for those, when out has been read, the
- * thread that has it copied   it may be overwritten value_full, value_empty: likewise, p.v out_full[w]            every
- * warp of warpgroup w                               rooms[w] holds its finished rows out_empty[w]           the thread
- * that has them copied                         rooms[w] may name the next mask_full[w][stage]    its copies, or each
- * lane that copied                    w's rows of attn_mask may be read mask_told[w][stage]    general: the warp that
- * copied                           mask_shows says what they show mask_empty[w][stage]   every warp of warpgroup w
- * (where lanes copy, each lane) they may be overwritten READY (named, all)     the copying warp arrives, all others
- * wait               the barriers above are there TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives w
- * may issue its products LOOK + w (named, 128)  every thread of warpgroup w                             do any of its
- * rows see the tile?
+ *     barrier                completes by                                         means
+ *     query_full[p][stage]   its copies: 1 arrival, then their bytes              part p of query may be read
+ *     query_empty[p][stage]  every warp that reads it, after the tile's last q.k  it may be overwritten
+ *     key_full[stage]        its copies                                           this key tile may be read
+ *     key_empty[stage]       every computing warp, after its q.k of it            it may be overwritten
+ *     value_full, value_empty: likewise, p.v
+ *     out_full[w]            every warp of warpgroup w                            rooms[w] names its finished rows
+ *     out_empty[w]           the thread that has them copied                      rooms[w] may name others
+ *     mask_full[w][stage]    its copies, or each lane that copied                 w's rows of attn_mask may be read
+ *     mask_told[w][stage]    general: the warp that copied                        mask_shows says what they show
+ *     mask_empty[w][stage]   every warp of w (where lanes copy, each lane)        they may be overwritten
+ *     READY (named, all)     the copying warp arrives, all others wait            the barriers above are there
+ *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives           w may issue its products
+ *     LOOK + w (named, 128)  every thread of warpgroup w                          do any of its rows see the tile?
+ *
+ * The room that out's finished rows have is a stage of one of these rings. Of query, where that has two: it is empty
+ * when they have been copied. Elsewhere of values or keys: full, with nothing in it, by the thread that otherwise asks
+ * for its copies, and empty when the rows have been copied. The thread that has them copied arrives for all.
  */
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -73,7 +75,7 @@ constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGR
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
-constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 640;
+constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 1024; /* at most, with the other small things */
 constexpr int MASK_STAGES = MASK == mask_class::unbiased && WARPGROUPS == 3 ? 3 : 4;        /* of bools, the smallest */
 constexpr int MASK_BYTES = HAS_MASKS ? MASK_STAGES * fc::mask_tile_bytes<64>(FC_BOOL) : 16; /* a warpgroup's */
 constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
@@ -88,11 +90,11 @@ static_assert(VALUE_STAGES >= 2, "one tile is copied while another is read");
 /* A warpgroup lets go of the keys that only later rows of the tile see, and of their values a little later. */
 static_assert((BLOCK_M - 64 + BLOCK_N - 1) / BLOCK_N < VALUE_STAGES, "meanwhile the copies go on");
 
-/* A second stage has the next tile's query meanwhile. Where there is none, each warpgroup's rows come by themselves, as
- * soon as it is done with those before. */
+/* A second stage has the next tile's query meanwhile. Where there is none, each warpgroup's rows come by themselves:
+ * the first ones as soon as that warpgroup is done with those before (with masks, when all are). */
 constexpr int QUERY_PARTS = QUERY_STAGES == 1 ? WARPGROUPS : 1, QUERY_ROWS = BLOCK_M / QUERY_PARTS;
 
-/* Where a warpgroup's finished rows lie, and which barrier hears that they have been read. */
+/* Where a warpgroup's finished rows lie, and which barrier hears that they have been copied. */
 struct out_room {
     uint32_t rows, empty;
 };
@@ -331,7 +333,7 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
 /* A thread that has finished rows copied to memory: a computing warp would wait there, at each box, for the copies of
  * tiles that have been asked for before. It is one of three, which the warpgroups share. */
 constexpr int STORING_THREADS = 3;
-static __device__ __forceinline__ void store_out(const forward_params &params, shared_memory &smem, int first)
+static __device__ __forceinline__ void store_out(const forward_params &params, shared_memory &smem, int storer)
 {
     /* The room's barrier waits for the warps whose rows lie there; for a stage that is one warpgroup's, for all. */
     constexpr int ARRIVALS = OUT_IN_KEYS ? 4 * WARPGROUPS : 4;
@@ -340,7 +342,7 @@ static __device__ __forceinline__ void store_out(const forward_params &params, s
     while (fc::next_tile(params.schedule, turn, work)) {
         if (work.first == work.end) continue; /* written by the warpgroup itself */
 #pragma unroll 1
-        for (int w = first; w < WARPGROUPS; w += STORING_THREADS) {
+        for (int w = storer; w < WARPGROUPS; w += STORING_THREADS) {
             mbarrier_wait(at(smem.out_full[w]), phase);
             const out_room room = smem.rooms[w];
             mbarrier_arrive(at(smem.out_empty[w]));
@@ -391,11 +393,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         stages.next();
     };
 
-    /* After the tile's last q.k; where out has the room after, when that has been written. */
+    /* After the tile's last q.k; where out has that room after, the thread that has it copied does. */
     const auto let_go_query = [&] {
         if (!OUT_IN_QUERY) let_go(smem.query_empty[part], queries);
     };
-    /* Where this warpgroup's rows of out go. */
+    /* Waits for the room of this warpgroup's rows of out. Of keys and values the stage that is the other's is passed
+     * unwaited: a tile that is waited for lies between it and the next use of its barrier. */
     const auto take_room = [&] {
         out_room room;
         if constexpr (OUT_IN_QUERY) {
@@ -689,7 +692,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     if (warpgroup == 0) wait_turn(); /* takes the arrival that nobody waits for */
 }
 
-/* A tile is full by one arrival and its bytes, and empty by all computing warps' arrivals. */
+/* A stage is full by one arrival and its bytes, and empty by the arrivals of all who read it. */
 template <int COUNT>
 static __device__ __forceinline__ void init_ring(const uint64_t (&full)[COUNT], const uint64_t (&empty)[COUNT],
                                                  int arrivals)

@@ -80,7 +80,7 @@ template <class T> struct out_rows {
         eights = to.strides[3] == 1 && strides % 8 == 0 && (uintptr_t)to.data % 16 == 0;
     }
 
-    /* Out of a row that sees no key may be NaN by a hidden value. */
+    /* Of a row that sees no key out may be NaN by a hidden value, or what an earlier tile left. */
     __device__ __forceinline__ void clear_hidden(float (&out)[HEAD_DIM / 2]) const
     {
         if (!any_hidden) return;

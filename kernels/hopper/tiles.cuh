@@ -48,8 +48,8 @@ template <class Params> __device__ __forceinline__ void prefetch_keys(const Para
         }
 }
 
-/* Those of a forward call's inputs, in boxes of the kernel's tiles. Without keys nothing is copied; the maps must be
- * valid all the same. */
+/* Those of a forward call's inputs, in boxes of the kernel's tiles, and of query_rows. Without keys nothing is copied;
+ * the maps must be valid all the same. */
 static cudaError_t make_tensor_maps(CUtensorMap *query, CUtensorMap *key, CUtensorMap *value,
                                     const fc_forward_args &args, int query_rows)
 {
