@@ -143,13 +143,14 @@ static __device__ __forceinline__ void store_out(const forward_params &params, s
 {
     /* The room's barrier waits for the warps whose rows lie there; for a stage that is one warpgroup's, for all. */
     constexpr int ARRIVALS = OUT_IN_KEYS ? 4 * WARPGROUPS : 4;
-    uint32_t turn = 0, phase = 0;
+    ring<1> outs;
+    uint32_t turn = 0;
     fc::tile_work work = {};
     while (fc::next_tile(params.schedule, turn, work)) {
         if (work.first == work.end) continue; /* written by the warpgroup itself */
 #pragma unroll 1
         for (int w = storer; w < WARPGROUPS; w += STORING_THREADS) {
-            mbarrier_wait(at(smem.out_full[w]), phase);
+            mbarrier_wait(at(smem.out_full[w]), outs.phase);
             const out_room room = smem.rooms[w];
             mbarrier_arrive(at(smem.out_empty[w]));
             for (int slab = 0; slab < SLABS; slab++)
@@ -160,7 +161,7 @@ static __device__ __forceinline__ void store_out(const forward_params &params, s
 #pragma unroll 1
             for (int i = 0; i < ARRIVALS; i++) mbarrier_arrive(room.empty);
         }
-        phase ^= 1;
+        outs.next();
     }
 }
 
