@@ -6,6 +6,7 @@ is what they cannot say.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import capi
 import numpy as np
 import pytest
 import reference
@@ -181,6 +183,31 @@ def test_many_threads_with_streams_of_their_own() -> None:
         thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
+
+
+@pytest.mark.parametrize("family", ["hopper", "hopper_short", "portable"])
+def test_a_thread_that_has_used_no_gpu(family: str) -> None:
+    """A launch needs a context that is current; the C library makes it so."""
+    q, k, v = qkv(1, 2, 200, 64)
+    out = torch.full_like(q, torch.nan)
+    problem = capi.problem(q, k, v, out, kernel=family.encode())
+    problem.device_type = capi.CUDA
+    torch.cuda.synchronize()
+    said: list[Any] = []
+
+    def work() -> None:
+        status = capi.library().fc_attention_forward(ctypes.byref(problem), None, 0, None)
+        said.append((status, capi.last_error()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=60)
+    (status, why) = said[0]
+    if status == capi.UNSUPPORTED and family != "portable":
+        pytest.skip(why)
+    assert status == capi.OK, why
+    torch.cuda.synchronize()
+    reference.expect(*map(fetch, (q, k, v))).check(fetch(out))
 
 
 # Graphs

@@ -13,32 +13,10 @@
 
 #include <atomic>
 
+#include "common/driver.cuh"
 #include "kernels.h"
 
 namespace fc {
-
-using tensor_map_encoder = decltype(&cuTensorMapEncodeTiled);
-
-/* The driver's function, by name: the library links to no driver, so that it loads where there is none. */
-static cudaError_t find_tensor_map_encoder(tensor_map_encoder *encoder)
-{
-    static std::atomic<tensor_map_encoder> found{nullptr};
-    *encoder = found.load(std::memory_order_relaxed);
-    if (*encoder != nullptr) return cudaSuccess;
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
-#endif
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess || entry == nullptr) return cudaErrorSymbolNotFound;
-    *encoder = (tensor_map_encoder)entry;
-    found.store(*encoder, std::memory_order_relaxed);
-    return cudaSuccess;
-}
 
 /* What one copy moves: rows of 64 or 128 bytes, swizzled as widely. */
 struct tensor_box {
@@ -49,8 +27,9 @@ struct tensor_box {
 static cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, int64_t columns, int64_t rows,
                                    int64_t heads, int64_t batch, tensor_box box)
 {
-    tensor_map_encoder encode;
-    const cudaError_t error = find_tensor_map_encoder(&encode);
+    static std::atomic<decltype(&cuTensorMapEncodeTiled)> found{nullptr};
+    decltype(&cuTensorMapEncodeTiled) encode;
+    const cudaError_t error = find_in_driver("cuTensorMapEncodeTiled", found, &encode);
     if (error != cudaSuccess) return error;
     const CUtensorMapDataType type = tensor.dtype == FC_FLOAT16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                      : tensor.dtype == FC_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -65,11 +44,11 @@ static cudaError_t make_tensor_map(CUtensorMap *map, const fc_tensor &tensor, in
     }
     const cuuint32_t box_sizes[4] = {(cuuint32_t)(box.row_bytes / bytes), (cuuint32_t)box.rows, 1, 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
-    const CUresult result =
-        encode(map, type, 4, tensor.data, sizes, stride_bytes, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               box.row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const CUtensorMapSwizzle swizzle = box.row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    return call_driver([&] {
+        return encode(map, type, 4, tensor.data, sizes, stride_bytes, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    });
 }
 
 } // namespace fc
