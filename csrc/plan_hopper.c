@@ -2,12 +2,12 @@
  * plan_hopper.c - plan.c's part for Hopper: which arrays its copy engine reads, and how tiles are dealt to blocks.
  *
  * Each block stays on one multiprocessor. Tiles are dealt to the blocks like cards, in turns of opposite direction
- * (kernels/hopper/schedule.cuh): group after group of heads, and in a group row after row from the last. Under a
- * causal mask costs fall linearly within a group, so two turns that fall into one group cost every block the same. The
- * choice is the size of the groups: whether the loads come out even depends on how it divides the turns, in no simple
- * way, and the fewer heads at once, the more blocks read the same keys while they are in the L2 cache.
+ * (kernels/hopper/schedule.cuh): group after group of heads, and in a group row after row, from the last, or in
+ * every other group from the first. Under a causal mask costs fall linearly within a group, so two turns that fall into
+ * one group cost every block the same. The choice is the size of the groups, and of the last one: whether the loads
+ * come out even depends on how they divide the turns, in no simple way; and keys must stay in the L2 cache meanwhile.
  *
- * The trick is to try: a few sizes are dealt here as the kernel will, and the most even one is kept in mind for the
+ * The trick is to try: a few sizes are dealt here as the kernel will, and the most even ones are kept in mind for the
  * next call of these sizes.
  */
 #include "internal.h"
@@ -42,6 +42,10 @@ const char *fc_hopper_reads_what(const fc_forward_args *args)
                                    "aligned to 16 bytes: copy the array";
 }
 
+/* Of the time. Groups that begin with their smallest tiles ask for many new keys at once; and a score says no more than
+ * this, in which the earlier sizes are the better tried ones. */
+static const double ALTERNATING_LOSES = 0.015, CLEARLY = 0.008;
+
 enum { MOST_BLOCKS = 256, MOST_ROW_TILES = 1024, MOST_TURNS = 64, MEMO = 64 };
 
 /* Keys that block_m rows from first_row see. */
@@ -54,39 +58,50 @@ static int64_t visible_keys(const fc_forward_args *args, int64_t first_row, int6
     return end > first ? end - first : 0;
 }
 
-/* What the tiles of one head cost, from the last rows up, in keys; a tile's own cost is that of some 256, which is near
- * enough to compare its neighbours with it. Measured on an H100: 4,000 to 5,000 cycles beside 16 to 36 a key. */
-static void find_costs(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, int64_t costs[])
+/* What the tiles of one head cost, from the first rows on, in keys of a whole tile. Measured on an H100: a tile's own
+ * time is some 1.5 us, and a key takes a block 0.72 ps for each of its rows and columns, so that their ratio is 2^21
+ * over both. Rows that are not there save what only their warpgroups would do, 60%. */
+static void find_costs(const fc_forward_args *args, const fc_kernel *kernel, int64_t row_tiles, int64_t costs[])
 {
-    for (int64_t i = 0; i < row_tiles; i++) costs[i] = 256 + visible_keys(args, (row_tiles - 1 - i) * block_m, block_m);
+    int64_t block_m = kernel->block_m, own = (1 << 21) / (block_m * kernel->head_dim);
+    for (int64_t i = 0; i < row_tiles; i++) {
+        int64_t left = args->seqlen_q - i * block_m, rows = left < block_m ? left : block_m;
+        costs[i] = (own + visible_keys(args, i * block_m, block_m)) * (4 * block_m + 6 * rows) / (10 * block_m);
+    }
+}
+
+/* Tiles being dealt: what each block has so far, and who is next. */
+struct deal {
+    int64_t loads[MOST_BLOCKS], num_blocks, place, step;
+};
+
+static void deal_group(struct deal *deal, const int64_t costs[], int64_t row_tiles, int64_t heads, bool last_rows_first)
+{
+    for (int64_t i = 0; i < row_tiles; i++) {
+        int64_t cost = costs[last_rows_first ? row_tiles - 1 - i : i];
+        for (int64_t head = 0; head < heads; head++) {
+            deal->loads[deal->place] += cost;
+            if (deal->place + deal->step < 0 || deal->place + deal->step == deal->num_blocks)
+                deal->step = -deal->step; /* the next turn begins where this one ends */
+            else
+                deal->place += deal->step;
+        }
+    }
 }
 
 /* The share of their time that the blocks work, where the one with the most sets it. */
-static double evenness(const int64_t costs[], int64_t row_tiles, int64_t heads, int64_t at_once, int64_t num_groups,
-                       int64_t num_blocks)
+static double evenness(const struct deal *deal)
 {
-    int64_t loads[MOST_BLOCKS] = {0}, all = 0, most = 0, place = 0, step = 1;
-    for (int64_t group = 0; group < num_groups; group++) {
-        int64_t in_group = group + 1 < num_groups ? at_once : heads - group * at_once;
-        for (int64_t i = 0; i < row_tiles; i++) {
-            for (int64_t head = 0; head < in_group; head++) {
-                loads[place] += costs[i];
-                if (place + step < 0 || place + step == num_blocks)
-                    step = -step; /* the next turn begins where this one ends */
-                else
-                    place += step;
-            }
-        }
+    int64_t all = 0, most = 0;
+    for (int64_t i = 0; i < deal->num_blocks; i++) {
+        all += deal->loads[i];
+        if (deal->loads[i] > most) most = deal->loads[i];
     }
-    for (int64_t i = 0; i < num_blocks; i++) {
-        all += loads[i];
-        if (loads[i] > most) most = loads[i];
-    }
-    return (double)all / (double)(most * num_blocks);
+    return most > 0 ? (double)all / (double)(most * deal->num_blocks) : 1;
 }
 
-/* Everything that the choice depends on, in 64 bits. Should two problems ever share them, they share a choice, which at
- * worst is slow. */
+/* Everything that the choice depends on, in 64 bits. Should two problems ever share those that are kept, they share a
+ * choice, if it is one for both, which at worst is slow. */
 static uint64_t fingerprint(const fc_forward_args *args, const fc_device *device, int64_t block_m, int64_t num_blocks)
 {
     const int64_t facts[] = {args->batch,    args->num_heads_q, args->num_heads_kv, args->seqlen_q,   args->seqlen_k,
@@ -97,46 +112,84 @@ static uint64_t fingerprint(const fc_forward_args *args, const fc_device *device
     return mixed;
 }
 
-/* Sets heads_at_once and num_groups, of which the last takes the rest of the heads. */
-static void choose_groups(const fc_forward_args *args, const fc_device *device, int64_t block_m, fc_plan *plan)
+/* How rows are dealt in groups that follow each other: from the last in all, or in every other one from the first, the
+ * last of them from the last. */
+enum order { DOWN, UP_AND_DOWN, DOWN_AND_UP };
+
+/* What is tried, and what it scores: the share of their time that blocks work, less what that costs. */
+struct trial {
+    int64_t heads, at_once, row_tiles, in_cache; /* heads whose keys fill 65% of the L2 cache */
+    enum order order;
+    double best;
+};
+
+/* Of keys beyond the cache, some come from memory as often as blocks ask at different times: up to 6% of the time. */
+static double cache_loss(const struct trial *trial, int64_t heads, int64_t num_blocks)
 {
-    int64_t heads = args->batch * args->num_heads_q, group = args->num_heads_q / args->num_heads_kv;
-    int64_t row_tiles = fc_divide_up(args->seqlen_q, block_m), blocks = plan->num_blocks;
+    return heads <= trial->in_cache ? 0 : 0.06 * (double)heads / ((double)num_blocks / 4);
+}
+
+/* Tries a last group of any number of heads behind others of at_once, and keeps the best. */
+static void try_groups(struct trial *trial, const int64_t costs[], fc_plan *plan)
+{
+    int64_t at_once = trial->at_once, blocks = plan->num_blocks;
+    struct deal deal = {.num_blocks = blocks, .step = 1};
+    for (int64_t group = 0, rest = trial->heads; rest > 0; group++, rest -= at_once) {
+        bool is_down = trial->order == DOWN || (group + (trial->order == UP_AND_DOWN)) % 2 == 0;
+        if (is_down && (rest <= blocks / 2 || rest <= at_once)) { /* the last group may be this one */
+            struct deal whole = deal;
+            deal_group(&whole, costs, trial->row_tiles, rest, true);
+            double share = (double)rest / (double)trial->heads;
+            double score = evenness(&whole) - cache_loss(trial, at_once, blocks) * (1 - share) -
+                           cache_loss(trial, rest, blocks) * share - (trial->order == DOWN ? 0 : ALTERNATING_LOSES);
+            if (score > trial->best + CLEARLY) { /* or else as good as equal: the earlier one */
+                trial->best = score;
+                plan->heads_at_once = at_once;
+                plan->num_groups = group + 1;
+                plan->groups_alternate = trial->order != DOWN;
+            }
+        }
+        deal_group(&deal, costs, trial->row_tiles, at_once, is_down);
+    }
+}
+
+/* Sets heads_at_once, num_groups, of which the last takes the rest of the heads, and groups_alternate. */
+static void choose_groups(const fc_forward_args *args, const fc_device *device, const fc_kernel *kernel, fc_plan *plan)
+{
+    int64_t heads = args->batch * args->num_heads_q, row_tiles = fc_divide_up(args->seqlen_q, kernel->block_m);
+    int64_t blocks = plan->num_blocks;
     plan->heads_at_once = blocks < 4 ? 1 : blocks / 4;
     if (plan->heads_at_once > heads) plan->heads_at_once = heads;
     plan->num_groups = heads / plan->heads_at_once;
     if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || plan->grid > blocks * MOST_TURNS) return;
 
-    /* 48 bits of a fingerprint, heads_at_once, whether the last group is a short one */
+    /* 40 bits of a fingerprint, groups_alternate, heads_at_once, num_groups */
     static _Atomic uint64_t memo[MEMO];
-    uint64_t print = fingerprint(args, device, block_m, blocks);
+    uint64_t print = fingerprint(args, device, kernel->block_m, blocks);
     _Atomic uint64_t *entry = &memo[print % MEMO];
     uint64_t known = atomic_load_explicit(entry, memory_order_relaxed);
-    if (known != 0 && known >> 16 == print >> 16) {
-        plan->heads_at_once = (int64_t)(known >> 1 & 0x7fff);
-        plan->num_groups = heads / plan->heads_at_once + (int64_t)(known & 1);
+    int64_t known_at_once = (int64_t)(known >> 16 & 0x7f), known_groups = (int64_t)(known & 0xffff);
+    if (known >> 24 == print >> 24 && known_groups > 0 && known_at_once * (known_groups - 1) < heads) {
+        plan->heads_at_once = known_at_once;
+        plan->num_groups = known_groups;
+        plan->groups_alternate = known >> 23 & 1;
         return;
     }
 
     int64_t costs[MOST_ROW_TILES], bytes = 2 * args->seqlen_k * (args->head_dim + args->head_dim_v); /* a kv head's */
-    find_costs(args, block_m, row_tiles, costs);
-    const int64_t tries[] = {blocks / 4, 2 * blocks / 11, blocks / 6, blocks / 8, blocks / 11, blocks / 12};
-    double best = -1;
-    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
-        int64_t at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
-        /* Keys beyond the cache come from memory as often as blocks ask at different times: up to 6% of the time. */
-        bool is_cached = at_once / group * bytes <= device->l2_bytes * 13 / 20;
-        double lost = is_cached ? 0 : 0.06 * (double)at_once / (double)tries[0];
-        for (int64_t is_short = 0; is_short <= (heads % at_once != 0); is_short++) {
-            int64_t num_groups = heads / at_once + is_short;
-            double score = evenness(costs, row_tiles, heads, at_once, num_groups, blocks) - lost;
-            if (score < best + 0.005) continue; /* as good as equal: the earlier one */
-            best = score;
-            plan->heads_at_once = at_once;
-            plan->num_groups = num_groups;
-            known = print >> 16 << 16 | (uint64_t)at_once << 1 | (uint64_t)is_short;
+    find_costs(args, kernel, row_tiles, costs);
+    struct trial trial = {.heads = heads, .row_tiles = row_tiles, .in_cache = heads, .best = -1};
+    if (bytes > 0) trial.in_cache = device->l2_bytes * 13 / 20 / bytes * (args->num_heads_q / args->num_heads_kv);
+    for (trial.order = DOWN; trial.order <= DOWN_AND_UP; trial.order++) {
+        double most = trial.order == DOWN ? 1 : 1 - ALTERNATING_LOSES;
+        const int64_t tries[] = {blocks / 4, 2 * blocks / 11, blocks / 6, blocks / 8, blocks / 11, blocks / 12};
+        for (size_t i = 0; i < sizeof tries / sizeof *tries && trial.best + CLEARLY < most; i++) {
+            trial.at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
+            try_groups(&trial, costs, plan);
         }
     }
+    known = print >> 24 << 24 | (uint64_t)plan->groups_alternate << 23 | (uint64_t)plan->heads_at_once << 16 |
+            (uint64_t)plan->num_groups;
     atomic_store_explicit(entry, known, memory_order_relaxed);
 }
 
@@ -215,7 +268,7 @@ double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kerne
     if (fc_is_open_left(args) && fc_is_open_right(args)) {
         fc_hopper_group_by_keys(args, plan);
     } else {
-        choose_groups(args, device, kernel->block_m, plan);
+        choose_groups(args, device, kernel, plan);
     }
     return estimate(args, kernel, plan);
 }

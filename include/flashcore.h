@@ -189,6 +189,8 @@ typedef struct fc_plan {
     int64_t num_groups;       /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
     int32_t tuned;            /* 1: fc_tuned_add's choice, not the planner's own */
     int32_t blocks_per_sm;    /* more are kept from sharing a multiprocessor; 0: as many as fit */
+    int32_t groups_alternate; /* 1: groups begin with their first rows and with their last ones in turn; the last does
+                               * with the last, as otherwise all */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */

@@ -100,6 +100,7 @@ class Plan(ctypes.Structure):
         ("num_groups", ctypes.c_int64),
         ("tuned", ctypes.c_int32),
         ("blocks_per_sm", ctypes.c_int32),
+        ("groups_alternate", ctypes.c_int32),
     ]
 
 

@@ -162,6 +162,23 @@ def test_many_tiles_for_each_block(hopper: Any, dim: int, rows: int, keys: int, 
     _check(hopper, *_qkv(rows, keys, dim, heads=6, heads_kv=2), num_sms=2, **options)
 
 
+@pytest.mark.parametrize(
+    "rows,tile,options", [(500, "band_192x128", {}), (600, "general_128x128", {"softcap": 5.0})], ids=str
+)
+def test_groups_of_heads_that_alternate(rows: int, tile: str, options: dict[str, Any]) -> None:
+    """Where that deals tiles more evenly: in every other group of heads the first rows come first."""
+    q, k, v = _qkv(rows, rows, 64, heads=7, heads_kv=7)
+    plans: list[capi.Plan] = []
+    options = options | {"is_causal": True}
+    result = emulated.attention(
+        emulated.library("hopper"), q, k, v, kernel=f"hopper_float16_d64_{tile}".encode(), num_sms=2, plans=plans,
+        **options,
+    )  # fmt: skip
+    assert result is not None
+    reference.expect(q, k, v, **options).check(*result)
+    assert [(plan.num_groups, plan.groups_alternate) for plan in plans] == [(7, 1)]
+
+
 def _padding(keys: int) -> Array:
     return np.arange(keys) < [[[[90]]]]
 

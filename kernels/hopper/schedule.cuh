@@ -3,8 +3,9 @@
  *
  * As many blocks as the GPU has multiprocessors share the tiles, dealt out like cards in turns of opposite
  * direction: 0 1 2 | 2 1 0 | ... with no counter in memory to fetch work from. Heads come in groups, the last of which
- * takes the rest, and in a group the rows of all heads count down together. The planner chooses the groups so that the
- * blocks' loads come out even, and keys stay in the L2 cache meanwhile (csrc/plan_hopper.c).
+ * takes the rest, and in a group the rows of all heads count down together, or in every other one up. The planner
+ * chooses the groups so that the blocks' loads come out even, and keys stay in the L2 cache meanwhile
+ * (csrc/plan_hopper.c).
  */
 #ifndef FC_HOPPER_SCHEDULE_CUH
 #define FC_HOPPER_SCHEDULE_CUH
@@ -35,6 +36,7 @@ struct schedule {
     uint32_t num_tiles, row_tiles, group_tiles, num_groups;
     fast_divisor by_group_tiles, by_heads, by_last_heads, by_num_heads_q, by_heads_per_kv; /* heads: of a group */
     int seqlen_q, seqlen_k, band_left, band_right;
+    bool groups_alternate;
 
     schedule(const fc_forward_args &args, const fc_plan &plan)
     {
@@ -52,6 +54,7 @@ struct schedule {
         seqlen_k = (int)args.seqlen_k;
         band_left = clamp(args.band_left);
         band_right = clamp(args.band_right);
+        groups_alternate = plan.groups_alternate != 0;
     }
 
     static int clamp(int64_t x)
@@ -79,7 +82,8 @@ __device__ __forceinline__ tile_work find_work(const schedule &all, uint32_t til
     work.batch = (int)all.by_num_heads_q.divide(head);
     work.head = (int)head - work.batch * (int)all.by_num_heads_q.divisor;
     work.head_kv = (int)all.by_heads_per_kv.divide((uint32_t)work.head);
-    work.row = (int)((all.row_tiles - 1 - row_tile) * BLOCK_M);
+    const bool first_rows_first = all.groups_alternate && (all.num_groups - 1 - group) % 2 != 0;
+    work.row = (int)((first_rows_first ? row_tile : all.row_tiles - 1 - row_tile) * BLOCK_M);
 
     int first_key = 0, end_key = all.seqlen_k;
     if (MASK != mask_class::full) {
