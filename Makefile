@@ -55,7 +55,7 @@ test-build: $(VENV)/.test
 
 #   make bench       the README's tables, on the GPU that is here
 bench: build $(VENV)/.test
-	$(BIN)/python benchmarks forward short host portable
+	$(BIN)/python benchmarks forward short options host portable
 
 #   make bench-cpu   the CPU kernels, a call with gradients, and whole models, beside PyTorch's
 bench-cpu: build $(VENV)/.test $(VENV)/.minilm

@@ -8,7 +8,19 @@ import pathlib
 import subprocess
 import sys
 
-QUESTIONS = ("forward", "short", "host", "validate", "tuning", "portable", "cpu", "autograd", "models", "training")
+QUESTIONS = (
+    "forward",
+    "short",
+    "options",
+    "host",
+    "validate",
+    "tuning",
+    "portable",
+    "cpu",
+    "autograd",
+    "models",
+    "training",
+)
 
 
 def main(arguments: list[str]) -> int:

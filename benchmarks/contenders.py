@@ -30,12 +30,14 @@ class Inputs:
     key: Any  # [batch, num_heads_kv, seqlen, head_dim]
     value: Any  # as key
     is_causal: bool
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # flashcore's, is_causal aside
+    peer_mask: Any = None  # the attn_mask that says all of it to PyTorch, is_causal too; None: there is none
 
     def explain(self) -> str:
         """The plan of flashcore's call."""
         import flashcore
 
-        return str(flashcore.explain(self.query, self.key, self.value, is_causal=self.is_causal))
+        return str(flashcore.explain(self.query, self.key, self.value, is_causal=self.is_causal, **self.options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def flashcore() -> Contender:
         import flashcore
 
         return functools.partial(
-            flashcore.attention, inputs.query, inputs.key, inputs.value, is_causal=inputs.is_causal
+            flashcore.attention, inputs.query, inputs.key, inputs.value, is_causal=inputs.is_causal, **inputs.options
         )
 
     return Contender("flashcore", prepare, kind="ours")
@@ -118,7 +120,9 @@ def sdpa(name: str, backend: str | None) -> Contender:
         scores = inputs.query.numel() // inputs.query.shape[-1] * inputs.key.shape[-2]
         if backend == "MATH" and scores > MATH_SCORES_MAX:
             raise Refused(f"not run: it would hold {scores} scores in memory, over the {MATH_SCORES_MAX} allowed here")
-        options = {"is_causal": inputs.is_causal}
+        if inputs.options and inputs.peer_mask is None:
+            raise Refused(f"PyTorch has no such option: {', '.join(inputs.options)}")
+        options = {"is_causal": inputs.is_causal} if inputs.peer_mask is None else {"attn_mask": inputs.peer_mask}
         if inputs.query.shape[1] != inputs.key.shape[1]:
             options["enable_gqa"] = True
         return functools.partial(F.scaled_dot_product_attention, inputs.query, inputs.key, inputs.value, **options)
@@ -138,7 +142,8 @@ def with_gradients(contender: Contender) -> Contender:
         import torch
 
         leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
-        call = contender.prepare(Inputs(*leaves, inputs.is_causal))
+        query, key, value = leaves
+        call = contender.prepare(dataclasses.replace(inputs, query=query, key=key, value=value))
         dout = torch.ones_like(inputs.query)
         return lambda: torch.autograd.grad(call(), leaves, dout)[0]
 
@@ -153,6 +158,8 @@ def flash_attention_3() -> Contender:
             from flash_attn_interface import flash_attn_func
         except ImportError as error:
             raise Refused(f"not installed: {error}") from error
+        if inputs.options:
+            raise Refused(f"it has none of {', '.join(inputs.options)}, or not as here")
         query, key, value = (tensor.transpose(1, 2) for tensor in (inputs.query, inputs.key, inputs.value))
 
         def call():

@@ -17,6 +17,7 @@ import cpu
 import forward
 import harness
 import models
+import options
 import pytest
 import report
 import short
@@ -74,7 +75,8 @@ def test_markdown():
 
 
 @pytest.mark.parametrize(
-    ("question", "count"), [(forward.QUESTION, 41), (short.QUESTION, 16), (models.question("cuda"), 28)]
+    ("question", "count"),
+    [(forward.QUESTION, 41), (short.QUESTION, 16), (options.QUESTION, 6), (models.question("cuda"), 28)],
 )
 def test_shipped_bars_name_rows(question, count):
     path = HERE / "bars" / f"{question.name}.json"
