@@ -221,8 +221,8 @@ double fc_hopper_weight(const fc_kernel *kernel)
 /* A row and key of a kernel beside one of 192 x 128 at head_dim 64 or 192 x 64 at 128. Four warpgroups with narrow
  * tiles of keys take 3% more, under a narrow window, of whose keys a block's warpgroups pass what it hides from each,
  * 13% less. Two take 20% more, but at head_dim 128 without attn_mask: there they are level in full calls, and in causal
- * ones ahead up to 1,024 keys and from 4,096 to 8,192; at 2,048, and of very many, they read keys again that the L2
- * cache has lost, and are behind by 5% and more on some GPUs. */
+ * ones ahead up to 1,024 keys and from 4,096 to 8,192; from 1,536 to 3,000 they are 1 to 4% behind, and of very many
+ * they read keys again that the L2 cache has lost. */
 static double pace(const fc_forward_args *args, const fc_kernel *kernel)
 {
     if (kernel->block_m > 192) return fc_is_narrow_window(args) ? 0.87 : 1.03;
@@ -230,7 +230,7 @@ static double pace(const fc_forward_args *args, const fc_kernel *kernel)
     if (kernel->head_dim <= 64) return 1.2;
     if (kernel->mask == fc_mask_full) return 1.02;
     if (kernel->mask != fc_mask_band || (!fc_is_open_left(args) && !fc_is_open_right(args))) return 1.2;
-    bool is_ahead = args->seqlen_k <= 1024 || (args->seqlen_k > 2048 && args->seqlen_k <= 8192);
+    bool is_ahead = args->seqlen_k <= 1024 || (args->seqlen_k > 3072 && args->seqlen_k <= 8192);
     return is_ahead ? 0.97 : 1.08;
 }
 
