@@ -26,19 +26,16 @@ def _rows_and_keys(problem, device):
     return index[:, None], index
 
 
-def _normal(problem, device, batch, heads, dtype):
-    """A bias for each score of so many batches and heads."""
+def _shape(problem, each_head):
+    """Of a mask that says something of each score, for each head or one for all."""
+    batch, heads = (problem.batch, problem.num_heads_q) if each_head else (1, 1)
+    return batch, heads, problem.seqlen, problem.seqlen
+
+
+def _true(shape, share, device):
+    """Bools of which such a share is true at random, and each row's first."""
     import torch
 
-    shape = (batch, heads, problem.seqlen, problem.seqlen)
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(who.SEED), device=device, dtype=dtype)
-
-
-def _visible(problem, device, share, batch, heads):
-    """Bools of which such a share is true at random, and all of each row's first key."""
-    import torch
-
-    shape = (batch, heads, problem.seqlen, problem.seqlen)
     mask = torch.rand(shape, generator=torch.Generator(device).manual_seed(who.SEED), device=device) < share
     mask[..., 0] = True
     return mask
@@ -53,12 +50,54 @@ def _with_odd_rows(mask):
     return room[..., :-1]
 
 
+def _mask(make: Callable[[Any, str], Any]):
+    """The option of an attn_mask, which says the same to both."""
+
+    def option(problem, device):
+        mask = make(problem, device)
+        return {"options": {"attn_mask": mask}, "peer_mask": mask}
+
+    return option
+
+
+def _bias(each_head: bool, dtype: str | None = None, has_odd_rows: bool = False):
+    def make(problem, device):
+        import torch
+
+        generator = torch.Generator(device).manual_seed(who.SEED)
+        number = getattr(torch, dtype or problem.dtype)
+        mask = torch.randn(_shape(problem, each_head), generator=generator, device=device, dtype=number)
+        return _with_odd_rows(mask) if has_odd_rows else mask
+
+    return _mask(make)
+
+
+def _bools(each_head: bool, share: float = 0.7, has_odd_rows: bool = False):
+    def make(problem, device):
+        mask = _true(_shape(problem, each_head), share, device)
+        return _with_odd_rows(mask) if has_odd_rows else mask
+
+    return _mask(make)
+
+
 def _padding(problem, device):
-    """[batch, 1, 1, keys]: true for each batch's keys, half of them to all."""
+    """[batch, 1, 1, keys]: half of the keys are true in the first batch, all in the last."""
     import torch
 
     lengths = torch.linspace(problem.seqlen / 2, problem.seqlen, problem.batch, device=device).long()
     return (torch.arange(problem.seqlen, device=device) < lengths[:, None])[:, None, None]
+
+
+def _float_padding(problem, device):
+    import torch
+
+    padding = _padding(problem, device)
+    zero = torch.zeros(padding.shape, device=device, dtype=getattr(torch, problem.dtype))
+    return zero.masked_fill(~padding, -torch.inf)
+
+
+def _random_keys(problem, device):
+    return _true((problem.batch, 1, 1, problem.seqlen), 0.7, device)
 
 
 def _causal(problem, device):
@@ -72,8 +111,9 @@ def _blocks(problem, device):
     return rows // size == keys // size
 
 
-def _key_mask(problem, device):
-    return _visible(problem, device, 0.7, problem.batch, 1)[:, :, :1]
+def _padding_and_causal(problem, device):
+    padding = _padding(problem, device)
+    return {"is_causal": True, "options": {"attn_mask": padding}, "peer_mask": padding & _causal(problem, device)}
 
 
 def _window(left, right):
@@ -83,41 +123,6 @@ def _window(left, right):
         return {"options": {"window": (left, right)}, "peer_mask": mask}
 
     return option
-
-
-def _mask(make: Callable[..., Any], *more: Any):
-    def option(problem, device):
-        mask = make(problem, device, *more)
-        return {"options": {"attn_mask": mask}, "peer_mask": mask}
-
-    return option
-
-
-def _bias(heads_of: Callable[[Any], tuple[int, int]], dtype=None, lay: Callable[[Any], Any] = lambda mask: mask):
-    def option(problem, device):
-        import torch
-
-        mask = lay(_normal(problem, device, *heads_of(problem), getattr(torch, dtype or problem.dtype)))
-        return {"options": {"attn_mask": mask}, "peer_mask": mask}
-
-    return option
-
-
-def _bools(heads_of: Callable[[Any], tuple[int, int]], share=0.7, lay: Callable[[Any], Any] = lambda mask: mask):
-    return _mask(lambda problem, device: lay(_visible(problem, device, share, *heads_of(problem))))
-
-
-def _padding_and_causal(problem, device):
-    padding = _padding(problem, device)
-    return {"is_causal": True, "options": {"attn_mask": padding}, "peer_mask": padding & _causal(problem, device)}
-
-
-def _float_padding(problem, device):
-    import torch
-
-    padding = _padding(problem, device)
-    zero = torch.zeros(padding.shape, device=device, dtype=getattr(torch, problem.dtype))
-    return zero.masked_fill(~padding, -torch.inf)
 
 
 def _sinks(problem, device):
@@ -133,31 +138,23 @@ def _alibi(problem, device):
     return {"options": {"alibi_slopes": torch.exp2(exponents)}}
 
 
-def _all(problem):
-    return problem.batch, problem.num_heads_q
-
-
-def _one(problem):
-    return 1, 1
-
-
 # What a row's name says -> what is given: of flashcore's options, and the mask that says the same to PyTorch.
 OPTIONS: dict[str, Callable[[Any, str], dict]] = {
     "none": lambda problem, device: {},
-    "bias": _bias(_all),
-    "bias-for-all-heads": _bias(_one),
-    "bias-of-odd-rows": _bias(_one, lay=_with_odd_rows),
-    "bias-in-float32": _bias(_one, "float32"),
-    "bools": _bools(_all),
-    "bools-for-all-heads": _bools(_one),
-    "bools-of-odd-rows": _bools(_one, lay=_with_odd_rows),
-    "bools-all-true": _bools(_one, share=1.0),
+    "bias": _bias(each_head=True),
+    "bias-for-all-heads": _bias(each_head=False),
+    "bias-of-odd-rows": _bias(each_head=False, has_odd_rows=True),
+    "bias-in-float32": _bias(each_head=False, dtype="float32"),
+    "bools": _bools(each_head=True),
+    "bools-for-all-heads": _bools(each_head=False),
+    "bools-of-odd-rows": _bools(each_head=False, has_odd_rows=True),
+    "bools-all-true": _bools(each_head=False, share=1.0),
     "causal-as-bools": _mask(_causal),
     "blocks": _mask(_blocks),
     "padding": _mask(_padding),
     "padding-in-floats": _mask(_float_padding),
     "padding-and-causal": _padding_and_causal,
-    "random-keys": _mask(_key_mask),
+    "random-keys": _mask(_random_keys),
     "sinks": _sinks,
     "alibi": _alibi,
     "softcap": lambda problem, device: {"options": {"softcap": 30.0}},
@@ -231,21 +228,12 @@ def conclude(results: list[dict], options: argparse.Namespace) -> harness.Conclu
     return harness.Conclusion(lines)
 
 
-def contenders() -> list[who.Contender]:
-    return [
-        who.sdpa("cudnn", "CUDNN_ATTENTION"),
-        who.sdpa("flash", "FLASH_ATTENTION"),
-        who.sdpa("efficient", "EFFICIENT_ATTENTION"),
-        who.flashcore(),
-    ]
-
-
 QUESTION = harness.Question(
     name="options",
     text=__doc__,
     device="cuda",
     rows=rows,
-    contenders=contenders,
+    contenders=who.gpu_contenders,
     measure=measure,
     tables=(Table("us per call", ("us",)),),
     sets=who.Problem.sets_beyond,

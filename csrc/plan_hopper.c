@@ -118,7 +118,8 @@ enum order { DOWN, UP_AND_DOWN, DOWN_AND_UP };
 
 /* What is tried, and what it scores: the share of their time that blocks work, less what that costs. */
 struct trial {
-    int64_t heads, at_once, row_tiles, in_cache; /* heads whose keys fill 65% of the L2 cache */
+    int64_t heads, at_once, row_tiles;
+    int64_t in_cache; /* heads whose keys fill 65% of the L2 cache */
     enum order order;
     double best;
 };
@@ -163,7 +164,8 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
     plan->num_groups = heads / plan->heads_at_once;
     if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || plan->grid > blocks * MOST_TURNS) return;
 
-    /* 40 bits of a fingerprint, groups_alternate, heads_at_once, num_groups */
+    /* 40 bits of a fingerprint, one of groups_alternate, 7 of heads_at_once, 16 of num_groups: enough for the tiles
+     * that MOST_TURNS and MOST_BLOCKS allow. */
     static _Atomic uint64_t memo[MEMO];
     uint64_t print = fingerprint(args, device, kernel->block_m, blocks);
     _Atomic uint64_t *entry = &memo[print % MEMO];
@@ -235,7 +237,8 @@ static double pace(const fc_forward_args *args, const fc_kernel *kernel)
 }
 
 /* Cycles beyond what every call costs: those of the block with the most to do, 0.088 a row and key, where a tile's own
- * cost is that of 256 keys, or of 320 where tiles have 128. Measured on an H100. */
+ * cost is that of 256 keys, or of 320 where tiles have 128: fitted to whole calls on an H100, whose first tiles wait
+ * for memory and whose blocks end unevenly. What tiles cost beside each other is less (find_costs). */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
 {
     int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
