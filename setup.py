@@ -242,6 +242,11 @@ def read_variants() -> list[Variant]:
     ]
 
 
+# Whose headers a source may include: a change of the C core's leaves the CUDA kernels as they are.
+HEADER_FOLDERS = {".c": ["include", "kernels", "csrc"], ".cu": ["include", "kernels"]}
+INCLUDES = {suffix: [f"-I{ROOT / folder}" for folder in folders] for suffix, folders in HEADER_FOLDERS.items()}
+
+
 @dataclass(frozen=True)
 class Compile:
     label: str
@@ -251,12 +256,12 @@ class Compile:
     toolkit: tuple[str, str] | None = None  # CUDA's folder, and the version that stands for it in the key
 
     def key(self) -> str:
-        """Changes when the command, the source or any header does."""
+        """Changes when the command, the source or any header that it may include does."""
         command = " ".join(self.command)
         if self.toolkit:  # pip's nvcc lies in another folder in each isolated build
             command = command.replace(self.toolkit[0], self.toolkit[1])
         digest = hashlib.sha256(command.encode())
-        headers = (p for folder in ("include", "csrc", "kernels") for p in sorted((ROOT / folder).rglob("*")))
+        headers = (p for folder in HEADER_FOLDERS[self.source.suffix] for p in sorted((ROOT / folder).rglob("*")))
         for path in [self.source, *(p for p in headers if p.suffix in (".h", ".cuh", ".def"))]:
             digest.update(path.read_bytes())
         return digest.hexdigest()
@@ -273,7 +278,6 @@ ISA_FLAGS = {
     "backward_avx2.c": AVX2_FLAGS,
     "backward_avx512.c": AVX512_FLAGS,
 }
-INCLUDES = [f"-I{ROOT / folder}" for folder in ("include", "kernels", "csrc")]
 
 
 def c_flags() -> list[str]:
@@ -295,7 +299,7 @@ def revision(cuda: Cuda | None) -> str:
 def c_compiles(compiler: list[str], temp: Path, cuda: Cuda | None) -> Iterable[Compile]:
     """The C core and the CPU kernels."""
     for source in sorted([*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc/cpu").glob("*.c")]):
-        flags = [*c_flags(), *INCLUDES]
+        flags = [*c_flags(), *INCLUDES[".c"]]
         if source.parent.name == "cpu":
             flags += CPU_KERNEL_FLAGS
             if platform.machine() in ("x86_64", "AMD64"):
@@ -333,7 +337,7 @@ def cuda_compiles(cuda: Cuda, temp: Path) -> Iterable[Compile]:
             "-lineinfo",
             "-Xfatbin=-compress-all",  # with -lineinfo's text more than half of the library; the driver unpacks it
             "-DNDEBUG",
-            *INCLUDES,
+            *INCLUDES[".cu"],
         ]
         command += [
             *cuda.defines(),

@@ -171,8 +171,10 @@ static int run(fc_gradients *g)
     fc_status status = fc_attention_backward_plan(&problem, NULL, &plan);
     if (status != FC_OK) return fc_raise_status(status);
     if (fc_report_slow(g->call.state, forward, &plan) != 0 || make_workspace(g, plan.workspace_bytes) != 0) return -1;
-    Py_BEGIN_ALLOW_THREADS status = fc_attention_backward(&problem, g->workspace, plan.workspace_bytes, g->call.stream);
-    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : fc_raise_status(status);
+    Py_BEGIN_ALLOW_THREADS
+    status = fc_attention_backward(&problem, g->workspace, plan.workspace_bytes, g->call.stream);
+    Py_END_ALLOW_THREADS
+    return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
 /* The gradients, as many as there are truths in `wanted`; None where one is not wanted. */

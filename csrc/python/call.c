@@ -451,8 +451,9 @@ static int run(fc_call *call)
         for (int operand = 0; operand < FC_NUM_OPERANDS; operand++) first[operand] = *fc_tensor_of(problem, operand);
 
     void *workspace = NULL;
-    Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
-        fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
+    Py_BEGIN_ALLOW_THREADS
+    if (plan.workspace_bytes > 0)
+        status = fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
     for (int64_t i = 0; i < num_calls && status == FC_OK; i++) {
         if (num_calls > 1) step_to(call, first, call->batches.ndim - 1, i);
         status = on_gpu ? fc_attention_run(problem, &plan, workspace, plan.workspace_bytes, call->stream)
@@ -461,7 +462,8 @@ static int run(fc_call *call)
     if (workspace != NULL && fc_free(problem->device_type, problem->device_id, workspace, call->stream) != FC_OK &&
         status == FC_OK)
         status = FC_CUDA_ERROR;
-    Py_END_ALLOW_THREADS if (status != FC_OK) return fc_raise_status(status);
+    Py_END_ALLOW_THREADS
+    if (status != FC_OK) return fc_raise_status(status);
     return order_streams(call, false);
 }
 
@@ -607,12 +609,14 @@ static int measure(fc_call *call, int32_t num_calls, double *microseconds)
     fc_status status = fc_attention_plan(problem, NULL, &plan);
     if (status != FC_OK) return fc_raise_status(status);
     void *workspace = NULL;
-    Py_BEGIN_ALLOW_THREADS if (plan.workspace_bytes > 0) status =
-        fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
+    Py_BEGIN_ALLOW_THREADS
+    if (plan.workspace_bytes > 0)
+        status = fc_malloc(problem->device_type, problem->device_id, plan.workspace_bytes, call->stream, &workspace);
     if (status == FC_OK)
         status = fc_attention_measure(problem, workspace, plan.workspace_bytes, call->stream, num_calls, microseconds);
     if (workspace != NULL) fc_free(problem->device_type, problem->device_id, workspace, call->stream);
-    Py_END_ALLOW_THREADS return status == FC_OK ? 0 : fc_raise_status(status);
+    Py_END_ALLOW_THREADS
+    return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
 /* measure(kernel, num_calls, /, ...) -> microseconds per call of attention(...) on this kernel. */
