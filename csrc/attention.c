@@ -16,14 +16,15 @@ static fc_status find_device(const fc_attention_problem *problem, const fc_devic
 }
 
 static fc_status check_and_plan(const fc_attention_problem *given, bool need_data, const fc_device *given_device,
-                                fc_attention_problem *problem, fc_forward_args *args, fc_device *device, fc_plan *plan)
+                                fc_attention_problem *problem, fc_forward_args *args, fc_device *device,
+                                fc_launch *launch)
 {
     fc_status status = fc_check(given, need_data, problem, args);
     if (status != FC_OK) return status;
     if ((status = find_device(problem, given_device, device)) != FC_OK) return status;
     int32_t preferred = fc_tuned_find(problem, args, device);
-    if ((status = fc_plan_forward(problem, args, device, preferred, plan)) != FC_OK) return status;
-    plan->tuned = plan->kernel == preferred; /* it need not serve this very problem */
+    if ((status = fc_plan_forward(problem, args, device, preferred, launch)) != FC_OK) return status;
+    launch->plan.tuned = launch->plan.kernel == preferred; /* it need not serve this very problem */
     return FC_OK;
 }
 
@@ -36,17 +37,25 @@ static fc_status check_plan_struct(const fc_plan *plan)
 }
 
 /* A newer caller's tail stays as it is. */
-static void give_plan(fc_plan *plan, fc_plan *made)
+static void give_plan(fc_plan *plan, const fc_plan *made)
 {
-    made->struct_size = plan->struct_size;
+    uint64_t struct_size = plan->struct_size;
     memcpy(plan, made, sizeof *made);
+    plan->struct_size = struct_size;
 }
 
-static fc_status check_workspace(const void *workspace, uint64_t bytes, uint64_t needed, const char *who_tells)
+static fc_status check_workspace(const void *workspace, uint64_t bytes, uint64_t needed, int32_t device_type,
+                                 const char *who_tells)
 {
-    if (needed == 0 || (workspace != NULL && bytes >= needed)) return FC_OK;
-    return fc_fail(FC_INVALID, "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (%s tells)",
-                   workspace == NULL ? 0 : bytes, needed, who_tells);
+    if (needed == 0) return FC_OK;
+    if (workspace == NULL || bytes < needed)
+        return fc_fail(FC_INVALID, "workspace has %" PRIu64 " bytes; this problem needs %" PRIu64 " (%s tells)",
+                       workspace == NULL ? 0 : bytes, needed, who_tells);
+    bool is_cpu = device_type == FC_CPU;
+    int alignment = is_cpu ? 64 : 256;
+    if ((uintptr_t)workspace % (uintptr_t)alignment == 0) return FC_OK;
+    return fc_fail(FC_INVALID, "workspace is %p; on %s it must be aligned to %d bytes (fc_malloc's is)", workspace,
+                   is_cpu ? "the CPU" : "a GPU", alignment);
 }
 
 fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *given_device, fc_plan *plan)
@@ -54,11 +63,11 @@ fc_status fc_attention_plan(const fc_attention_problem *given, const fc_device *
     fc_attention_problem problem;
     fc_forward_args args;
     fc_device device;
-    fc_plan made;
+    fc_launch made;
     fc_status status = check_plan_struct(plan);
     if (status != FC_OK) return status;
     status = check_and_plan(given, false, given_device, &problem, &args, &device, &made);
-    if (status == FC_OK) give_plan(plan, &made);
+    if (status == FC_OK) give_plan(plan, &made.plan);
     return status;
 }
 
@@ -89,16 +98,16 @@ fc_status fc_attention_candidates(const fc_attention_problem *given, const fc_de
     }
     fc_status status = fc_check(given, false, &problem, &args);
     if (status == FC_OK) status = find_device(&problem, given_device, &device);
-    fc_plan made;
+    fc_launch made;
     if (status == FC_OK) status = fc_plan_forward(&problem, &args, &device, -1, &made);
     if (status != FC_OK) return status;
-    int32_t chosen = made.kernel, found = 1;
-    if (capacity > 0) give_plan(&plans[0], &made);
+    int32_t chosen = made.plan.kernel, found = 1;
+    if (capacity > 0) give_plan(&plans[0], &made.plan);
     for (int32_t i = 0; i < fc_num_kernels; i++) {
         if (i == chosen || !fc_kernel_is_usable(i, &problem, &args, &device)) continue;
         status = fc_plan_forward(&problem, &args, &device, i, &made);
         if (status != FC_OK) return status;
-        if (found < capacity) give_plan(&plans[found], &made);
+        if (found < capacity) give_plan(&plans[found], &made.plan);
         found++;
     }
     *count = found;
@@ -111,18 +120,19 @@ int fc_plan_describe(const fc_attention_problem *given, const fc_device *given_d
     fc_attention_problem problem;
     fc_forward_args args;
     fc_device device;
-    fc_plan plan;
-    fc_status status = check_and_plan(given, false, given_device, &problem, &args, &device, &plan);
+    fc_launch launch;
+    fc_plan *plan = &launch.plan;
+    fc_status status = check_and_plan(given, false, given_device, &problem, &args, &device, &launch);
     if (status == FC_OK && given_plan != NULL)
-        status = fc_copy_struct("fc_plan", given_plan, &plan, sizeof plan, sizeof plan);
-    if (status == FC_OK && fc_kernel_name(plan.kernel) == NULL)
-        status = fc_fail(FC_INVALID, "fc_plan.kernel is %" PRId32 "; allowed: 0 to %" PRId32, plan.kernel,
+        status = fc_copy_struct("fc_plan", given_plan, plan, sizeof *plan, sizeof *plan);
+    if (status == FC_OK && fc_kernel_name(plan->kernel) == NULL)
+        status = fc_fail(FC_INVALID, "fc_plan.kernel is %" PRId32 "; allowed: 0 to %" PRId32, plan->kernel,
                          fc_kernel_count() - 1);
     if (status != FC_OK) {
         if (size > 0) buffer[0] = '\0';
         return 0;
     }
-    return fc_describe(&problem, &args, &device, &plan, buffer, size);
+    return fc_describe(&problem, &args, &device, plan, buffer, size);
 }
 
 static fc_status run_cpu(const fc_forward_args *args, const fc_plan *plan)
@@ -153,13 +163,13 @@ static fc_status run_cpu_backward(const fc_backward_args *args, const fc_plan *p
     }
 }
 
-static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan,
+static fc_status run_cuda(const fc_attention_problem *problem, const fc_forward_args *args, const fc_launch *launch,
                           void *workspace, void *stream)
 {
     int32_t previous;
     fc_status status = fc_device_enter(problem->device_id, &previous);
     if (status != FC_OK) return status;
-    int error = fc_kernels[plan->kernel].launcher(args, plan, workspace, stream);
+    int error = fc_kernels[launch->plan.kernel].launcher(args, launch, workspace, stream);
     fc_device_leave(problem->device_id, previous);
     return fc_cuda_fail(error, "launching an attention kernel");
 }
@@ -175,14 +185,16 @@ static fc_status run_cuda_backward(int32_t device_id, const fc_backward_args *ar
     return fc_cuda_fail(error, "launching a backward kernel");
 }
 
-static fc_status run(const fc_attention_problem *problem, const fc_forward_args *args, const fc_plan *plan,
+static fc_status run(const fc_attention_problem *problem, const fc_forward_args *args, const fc_launch *launch,
                      void *workspace, uint64_t workspace_bytes, void *stream)
 {
-    fc_status status = check_workspace(workspace, workspace_bytes, plan->workspace_bytes, "fc_attention_plan");
+    const fc_plan *plan = &launch->plan;
+    fc_status status =
+        check_workspace(workspace, workspace_bytes, plan->workspace_bytes, problem->device_type, "fc_attention_plan");
     if (status != FC_OK) return status;
-    if (plan->grid == 0) return FC_OK; /* no rows: nothing to write */
+    if (plan->num_tiles == 0) return FC_OK; /* no rows: nothing to write */
     if (problem->device_type == FC_CPU) return run_cpu(args, plan);
-    return run_cuda(problem, args, plan, workspace, stream);
+    return run_cuda(problem, args, launch, workspace, stream);
 }
 
 fc_status fc_attention_forward(const fc_attention_problem *given, void *workspace, uint64_t workspace_bytes,
@@ -191,9 +203,9 @@ fc_status fc_attention_forward(const fc_attention_problem *given, void *workspac
     fc_attention_problem problem;
     fc_forward_args args;
     fc_device device;
-    fc_plan plan;
-    fc_status status = check_and_plan(given, true, NULL, &problem, &args, &device, &plan);
-    return status == FC_OK ? run(&problem, &args, &plan, workspace, workspace_bytes, stream) : status;
+    fc_launch launch;
+    fc_status status = check_and_plan(given, true, NULL, &problem, &args, &device, &launch);
+    return status == FC_OK ? run(&problem, &args, &launch, workspace, workspace_bytes, stream) : status;
 }
 
 /* Of the caller's plan only the choice is taken; what follows from it is cheap to find, and then sure to fit. */
@@ -203,19 +215,19 @@ fc_status fc_attention_run(const fc_attention_problem *given, const fc_plan *giv
     fc_attention_problem problem;
     fc_forward_args args;
     fc_device device;
-    fc_plan plan;
+    fc_launch launch;
     fc_status status = check_plan_struct(given_plan);
     if (status == FC_OK) status = fc_check(given, true, &problem, &args);
     if (status == FC_OK) status = find_device(&problem, NULL, &device);
     if (status != FC_OK) return status;
     const char *name = fc_kernel_name(given_plan->kernel);
-    if (name != NULL) status = fc_plan_forward(&problem, &args, &device, given_plan->kernel, &plan);
-    if (name == NULL || status != FC_OK || plan.kernel != given_plan->kernel)
+    if (name != NULL) status = fc_plan_forward(&problem, &args, &device, given_plan->kernel, &launch);
+    if (name == NULL || status != FC_OK || launch.plan.kernel != given_plan->kernel)
         return fc_fail(FC_INVALID,
                        "fc_plan.kernel is %" PRId32 " (%s), which does not serve this problem; ask "
                        "fc_attention_plan for a plan of it",
                        given_plan->kernel, name == NULL ? "none" : name);
-    return run(&problem, &args, &plan, workspace, workspace_bytes, stream);
+    return run(&problem, &args, &launch, workspace, workspace_bytes, stream);
 }
 
 static fc_status check_and_plan_backward(const fc_backward_problem *given, bool need_data,
@@ -250,14 +262,10 @@ fc_status fc_attention_backward(const fc_backward_problem *given, void *workspac
     fc_plan plan;
     fc_status status = check_and_plan_backward(given, true, NULL, &forward, &args, &plan);
     if (status != FC_OK) return status;
-    status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, "fc_attention_backward_plan");
+    status = check_workspace(workspace, workspace_bytes, plan.workspace_bytes, forward.device_type,
+                             "fc_attention_backward_plan");
     if (status != FC_OK) return status;
-    bool is_cpu = forward.device_type == FC_CPU;
-    int alignment = is_cpu ? 64 : 256;
-    if ((uintptr_t)workspace % (uintptr_t)alignment != 0)
-        return fc_fail(FC_INVALID, "workspace is %p; on %s it must be aligned to %d bytes (fc_malloc's is)", workspace,
-                       is_cpu ? "the CPU" : "a GPU", alignment);
-    if (is_cpu) return run_cpu_backward(&args, &plan, workspace);
-    if (plan.grid == 0) return FC_OK; /* no gradient has an element */
+    if (forward.device_type == FC_CPU) return run_cpu_backward(&args, &plan, workspace);
+    if (plan.num_tiles == 0) return FC_OK; /* no gradient has an element */
     return run_cuda_backward(forward.device_id, &args, &plan, workspace, stream);
 }

@@ -6,6 +6,7 @@
  * passes is turned into fc_forward_args: defaults filled in, and causal, window and diagonal folded into
  * one band of visible keys. It reads no array and asks no device.
  */
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -53,6 +54,14 @@ static fc_status check_extent(const char *name, int64_t given, int64_t least, in
     return fc_fail(FC_INVALID, "%s is %" PRId64 "; allowed: %" PRId64 " to %" PRId64, name, given, least, most);
 }
 
+/* A larger one is right, and no kernel serves it. */
+static fc_status check_head_dim(const char *name, int64_t head_dim)
+{
+    if (head_dim >= 1 && head_dim <= MAX_HEAD_DIM) return FC_OK;
+    return fc_fail(head_dim < 1 ? FC_INVALID : FC_UNSUPPORTED, "%s is %" PRId64 "; allowed: 1 to %d", name, head_dim,
+                   MAX_HEAD_DIM);
+}
+
 static bool is_float(int32_t dtype)
 {
     return dtype == FC_FLOAT16 || dtype == FC_BFLOAT16 || dtype == FC_FLOAT32 || dtype == FC_FLOAT64;
@@ -62,6 +71,8 @@ static bool is_float(int32_t dtype)
 fc_status fc_check_tensor(const char *name, const fc_tensor *tensor, const int64_t shape[4], bool need_data)
 {
     int64_t elements = 1, reach = 0;
+    if (tensor->reserved != 0)
+        return fc_fail(FC_INVALID, "%s.reserved is %" PRId32 "; set it to 0", name, tensor->reserved);
     for (int i = 0; i < 4; i++)
         if (shape[i] == 0) return FC_OK; /* nothing will be touched, whatever data and strides say */
     for (int i = 0; i < 4; i++) {
@@ -142,8 +153,8 @@ static fc_status check_shapes(const fc_attention_problem *p)
     if ((status = check_extent("num_heads_kv", p->num_heads_kv, 0, MAX_EXTENT)) != FC_OK) return status;
     if ((status = check_extent("seqlen_q", p->seqlen_q, 0, MAX_EXTENT)) != FC_OK) return status;
     if ((status = check_extent("seqlen_k", p->seqlen_k, 0, MAX_EXTENT)) != FC_OK) return status;
-    if ((status = check_extent("head_dim", p->head_dim, 1, MAX_HEAD_DIM)) != FC_OK) return status;
-    if ((status = check_extent("head_dim_v", p->head_dim_v, 1, MAX_HEAD_DIM)) != FC_OK) return status;
+    if ((status = check_head_dim("head_dim", p->head_dim)) != FC_OK) return status;
+    if ((status = check_head_dim("head_dim_v", p->head_dim_v)) != FC_OK) return status;
     if (p->num_heads_q > 0 && (p->num_heads_kv == 0 || p->num_heads_q % p->num_heads_kv != 0))
         return fc_fail(FC_INVALID,
                        "query has %" PRId64 " heads and key and value have %" PRId64
@@ -197,16 +208,33 @@ fc_status fc_check_blocks(int32_t block_m, int32_t block_n)
                    block_m, block_n);
 }
 
+/* Scores are worked out in float32, those of float64 arrays in float64: an option must be finite there. */
+static bool is_finite_for(const fc_attention_problem *p, double x)
+{
+    return p->query.dtype == FC_FLOAT64 ? isfinite(x) : isfinite((float)x);
+}
+
+static fc_status check_softcap(const fc_attention_problem *p, double scale)
+{
+    double least = p->query.dtype == FC_FLOAT64 ? DBL_MIN : FLT_MIN;
+    if (p->softcap == 0) return FC_OK;
+    if (!isfinite(p->softcap) || p->softcap < 0)
+        return fc_fail(FC_INVALID, "softcap is %g; it must be finite and positive, or absent", p->softcap);
+    if (p->softcap >= least && is_finite_for(p, p->softcap) && is_finite_for(p, scale / p->softcap)) return FC_OK;
+    return fc_fail(FC_INVALID, "softcap is %g and scale %g; softcap and scale / softcap must be in the range of %s",
+                   p->softcap, scale, least == DBL_MIN ? "float64" : "float32");
+}
+
 static fc_status check_options(const fc_attention_problem *p)
 {
     const uint32_t known = FC_CAUSAL | FC_LOWER_RIGHT | FC_WINDOW_LEFT | FC_WINDOW_RIGHT | FC_SCALE | FC_DETERMINISTIC;
     if ((p->flags & ~known) != 0)
         return fc_fail(FC_INVALID, "flags holds 0x%" PRIx32 ", which flashcore %s does not know; known: 0x%" PRIx32,
                        p->flags & ~known, FC_VERSION, known);
-    if ((p->flags & FC_SCALE) && !isfinite(p->scale))
-        return fc_fail(FC_INVALID, "scale is %g; it must be finite", p->scale);
-    if (!isfinite(p->softcap) || p->softcap < 0)
-        return fc_fail(FC_INVALID, "softcap is %g; it must be finite and positive, or absent", p->softcap);
+    double scale = (p->flags & FC_SCALE) ? p->scale : 1;
+    if (!is_finite_for(p, scale))
+        return fc_fail(FC_INVALID, "scale is %g; it must be finite%s", scale,
+                       isfinite(scale) ? " as a float32, in which these arrays' scores are" : "");
     if ((p->flags & FC_WINDOW_LEFT) && p->window_left < 0)
         return fc_fail(FC_INVALID, "window's left side is %" PRId64 "; allowed: 0 and up, or open", p->window_left);
     if ((p->flags & FC_WINDOW_RIGHT) && p->window_right < 0)
@@ -215,7 +243,8 @@ static fc_status check_options(const fc_attention_problem *p)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 " and lower right at once; give one of them", p->diagonal);
     if (p->diagonal > MAX_OFFSET || p->diagonal < -MAX_OFFSET)
         return fc_fail(FC_INVALID, "diagonal is %" PRId64 "; allowed: -2^60 to 2^60", p->diagonal);
-    fc_status status = fc_check_blocks(p->block_m, p->block_n);
+    fc_status status = check_softcap(p, scale);
+    if (status == FC_OK) status = fc_check_blocks(p->block_m, p->block_n);
     if (status != FC_OK) return status;
     if (!(p->dropout_p >= 0 && p->dropout_p <= 1)) /* NaN too */
         return fc_fail(FC_INVALID, "dropout_p is %g; allowed: 0 to 1", p->dropout_p);

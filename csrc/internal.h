@@ -75,15 +75,17 @@ extern const fc_kernel fc_kernels[];
 extern const int32_t fc_num_kernels;
 /* preferred: a kernel to take where it is usable, before any other; -1: none. */
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                          int32_t preferred, fc_plan *plan);
+                          int32_t preferred, fc_launch *launch);
 /* Could this kernel run this problem on this device? */
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
                          const fc_device *device);
 /* Are the device's facts of the kind that the problem's arrays are on? */
 fc_status fc_check_device_type(const fc_device *device, int32_t device_type);
 /* Does this device run the kernel? Is it what `forced` (NULL: anything) names? */
-bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device);
+bool fc_kernel_serves_device(const fc_kernel *kernel, const fc_device *device);
 bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced);
+/* No kernel, or what else of this build, runs on this GPU. */
+fc_status fc_refuse_device(const fc_device *device, const char *what);
 /* Adds an item to a list in words, once; a full buffer keeps what it has. */
 void fc_append(char *list, size_t size, const char *item);
 /* Threads worth having for `tasks` tasks of a CPU problem. */
@@ -98,20 +100,21 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
 bool fc_hopper_reads(const fc_forward_args *args);
 /* Words for it, to stand behind a sentence; "" where it does. */
 const char *fc_hopper_reads_what(const fc_forward_args *args);
-/* Sets num_blocks, heads_at_once and num_groups of a plan that has tiles. Returns an estimate in cycles, to compare
+/* Sets how the tiles of a plan that has any are dealt to how many blocks. Returns an estimate in cycles, to compare
  * with that of another kernel for the same problem. */
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
-                             fc_plan *plan);
+                             fc_launch *launch);
 /* Keys that a tile of rows sees, on the average (the result) and at most, by eight of many tiles. */
 double fc_hopper_mean_keys(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, double *most);
 double fc_hopper_weight(const fc_kernel *kernel); /* of a row and key of this head_dim; 1: of 64 */
 /* Heads that share keys follow each other: for where all tiles cost the same. */
-void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan);
+void fc_hopper_group_by_keys(const fc_forward_args *args, fc_launch *launch);
 
-/* plan_hopper_short.c: the same, for kernels that keep a head's keys on chip; and num_splits, blocks_per_sm. */
+/* plan_hopper_short.c: the same, for kernels that keep a head's keys on chip; and blocks_per_sm, and num_splits, which
+ * is `splits`, or where that is 0 chosen. */
 bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel);
 double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
-                                   fc_plan *plan);
+                                   int64_t splits, fc_launch *launch);
 
 /* tuned.c */
 uint64_t fc_class_of(const fc_forward_args *args);

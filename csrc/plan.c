@@ -51,6 +51,11 @@ const char *fc_kernel_name(int32_t kernel)
     return kernel >= 0 && kernel < fc_num_kernels ? fc_kernels[kernel].name : NULL;
 }
 
+const char *fc_kernel_family(int32_t kernel)
+{
+    return kernel >= 0 && kernel < fc_num_kernels ? fc_kernels[kernel].family : NULL;
+}
+
 const char *fc_cuda_archs(void)
 {
     return FC_CUDA_ARCHS;
@@ -107,11 +112,20 @@ bool fc_kernel_is_named(const fc_kernel *kernel, const char *forced)
     return forced == NULL || strcmp(forced, kernel->name) == 0 || strcmp(forced, kernel->family) == 0;
 }
 
-bool fc_kernel_runs_on(const fc_kernel *kernel, const fc_device *device)
+bool fc_kernel_serves_device(const fc_kernel *kernel, const fc_device *device)
 {
     if (kernel->device_type != device->type) return false;
     return device->type == FC_CPU ? device->isa >= kernel->arch
                                   : is_built_for(kernel->arch, device->compute_capability);
+}
+
+int32_t fc_kernel_runs_on(int32_t kernel, const fc_device *given)
+{
+    fc_device device;
+    if (kernel < 0 || kernel >= fc_num_kernels ||
+        fc_copy_struct("fc_device", given, &device, sizeof device, sizeof device) != FC_OK)
+        return 0;
+    return fc_kernel_serves_device(&fc_kernels[kernel], &device);
 }
 
 /* A CUDA tile is block_m rows of one query head. A CPU tile's rows are (position, query head) pairs of one key and
@@ -129,7 +143,7 @@ static int64_t num_tiles(const fc_forward_args *args, const fc_kernel *kernel)
 
 static bool is_of_hopper(const fc_kernel *kernel)
 {
-    return kernel->family_id >= fc_family_hopper;
+    return kernel->family_id == fc_family_hopper || kernel->family_id == fc_family_hopper_short;
 }
 
 /* What a problem asks of any kernel, found once for all of them. */
@@ -152,7 +166,9 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
     if (kernel->mask != fc_mask_any && kernel->mask != needs->mask) return false;
     if (!is_of_hopper(kernel)) return true;
-    if (!needs->hopper_reads || args->keep_scale != 0 || num_tiles(args, kernel) > INT32_MAX / 8) return false;
+    if (!needs->hopper_reads || args->keep_scale != 0 ||
+        num_tiles(args, kernel) > INT32_MAX / FC_HOPPER_SHORT_MOST_SPLITS)
+        return false;
     return kernel->family_id == fc_family_hopper || fc_hopper_short_serves(args, kernel);
 }
 
@@ -176,65 +192,55 @@ static const char *hopper_lacks(const fc_forward_args *args)
     return args->keep_scale != 0 ? "; Hopper's kernels have no dropout" : fc_hopper_reads_what(args);
 }
 
-/* No row serves: says which condition failed last, and what is there. */
+fc_status fc_refuse_device(const fc_device *device, const char *what)
+{
+    return fc_fail(FC_UNSUPPORTED,
+                   "no %s of this build runs on compute capability %d.%d; it was built for: %s. Rebuild with "
+                   "FLASHCORE_CUDA_ARCHS=%d, or move the arrays to the CPU, where every dtype and option is served",
+                   what, device->compute_capability / 10, device->compute_capability % 10,
+                   FC_CUDA_ARCHS[0] ? FC_CUDA_ARCHS : "no GPU", device->compute_capability);
+}
+
+/* No row serves: says which condition failed first, and what is there. */
 static fc_status refuse(const fc_attention_problem *p, const fc_forward_args *args, const fc_device *device)
 {
-    char there[1024] = "";
-    bool any_device = false, any_forced = false;
+    const char *where = device->type == FC_CPU ? "the CPU" : "this GPU";
+    char there[1024] = "", named[1024] = "", tiles[1024] = "";
+    bool names_hopper = false;
+    struct needs needs = needs_of(args);
+    fc_attention_problem any_tile = *p;
+    any_tile.block_m = any_tile.block_n = 0;
     for (int32_t i = 0; i < fc_num_kernels; i++) {
         const fc_kernel *kernel = &fc_kernels[i];
-        if (!fc_kernel_runs_on(kernel, device)) continue;
-        any_device = true;
+        if (!fc_kernel_serves_device(kernel, device)) continue;
+        append_choice(there, sizeof there, kernel);
         if (!fc_kernel_is_named(kernel, p->kernel)) continue;
-        any_forced = true;
+        append_choice(named, sizeof named, kernel);
+        names_hopper |= is_of_hopper(kernel);
+        if (!serves(kernel, &any_tile, args, &needs)) continue;
+        char pair[32];
+        snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
+        fc_append(tiles, sizeof tiles, pair);
     }
-    const char *where = device->type == FC_CPU ? "the CPU" : "this GPU";
-    if (!any_device)
-        return fc_fail(FC_UNSUPPORTED,
-                       "no kernel of this build runs on compute capability %d.%d; it was built for: %s. Rebuild with "
-                       "FLASHCORE_CUDA_ARCHS=%d",
-                       device->compute_capability / 10, device->compute_capability % 10,
-                       FC_CUDA_ARCHS[0] ? FC_CUDA_ARCHS : "no GPU", device->compute_capability);
-    if (!any_forced) {
-        for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (fc_kernel_runs_on(&fc_kernels[i], device)) append_choice(there, sizeof there, &fc_kernels[i]);
+    if (there[0] == '\0') return fc_refuse_device(device, "kernel");
+    if (named[0] == '\0')
         return fc_fail(FC_INVALID, "kernel '%s' is forced, but %s has no such kernel or family here; there are: %s",
                        p->kernel, where, there);
-    }
-    if (p->block_m != 0 || p->block_n != 0) {
-        fc_attention_problem any_block = *p;
-        struct needs needs = needs_of(args);
-        any_block.block_m = any_block.block_n = 0;
-        for (int32_t i = 0; i < fc_num_kernels; i++) {
-            const fc_kernel *kernel = &fc_kernels[i];
-            if (!fc_kernel_runs_on(kernel, device) || !fc_kernel_is_named(kernel, p->kernel) ||
-                !serves(kernel, &any_block, args, &needs))
-                continue;
-            char pair[32];
-            snprintf(pair, sizeof pair, "(%d, %d)", kernel->block_m, kernel->block_n);
-            fc_append(there, sizeof there, pair);
-        }
-        char asked[64] = "", block_n[32] = "";
-        if (p->block_m != 0) snprintf(asked, sizeof asked, "block_m=%d", p->block_m);
-        if (p->block_n != 0) snprintf(block_n, sizeof block_n, "block_n=%d", p->block_n);
-        if (block_n[0]) fc_append(asked, sizeof asked, block_n);
-        if (there[0])
-            return fc_fail(
-                FC_INVALID,
-                "%s: no such tile for this problem on %s; there are (block_m, block_n): %s; give one or both "
-                "of a pair, or leave them out to let the library choose",
-                asked, where, there);
-    }
-    for (int32_t i = 0; i < fc_num_kernels; i++)
-        if (fc_kernel_runs_on(&fc_kernels[i], device) && fc_kernel_is_named(&fc_kernels[i], p->kernel))
-            append_choice(there, sizeof there, &fc_kernels[i]);
-    return fc_fail(FC_UNSUPPORTED,
-                   "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64 "; there are: %s%s%s",
-                   where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, there,
-                   args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "",
-                   p->kernel != NULL && strncmp(p->kernel, "hopper", 6) == 0 && fc_dtype_bytes(args->query.dtype) == 2
-                       ? hopper_lacks(args)
-                       : "");
+    if (tiles[0] == '\0')
+        return fc_fail(FC_UNSUPPORTED,
+                       "no kernel on %s serves %s with head_dim %" PRId64 " and head_dim_v %" PRId64
+                       "; there are: %s%s%s",
+                       where, fc_dtype_name(args->query.dtype), args->head_dim, args->head_dim_v, named,
+                       args->query.dtype == FC_FLOAT64 ? "; float64 is served on the CPU" : "",
+                       names_hopper && fc_dtype_bytes(args->query.dtype) == 2 ? hopper_lacks(args) : "");
+    char asked[64] = "", block_n[32] = "";
+    if (p->block_m != 0) snprintf(asked, sizeof asked, "block_m=%d", p->block_m);
+    if (p->block_n != 0) snprintf(block_n, sizeof block_n, "block_n=%d", p->block_n);
+    if (block_n[0]) fc_append(asked, sizeof asked, block_n);
+    return fc_fail(FC_INVALID,
+                   "%s: no such tile for this problem on %s; there are (block_m, block_n): %s; give one or both of a "
+                   "pair, or leave them out to let the library choose",
+                   asked, where, tiles);
 }
 
 /* A thread must have enough work to pay for what it costs: waking it takes some 5 to 10 us, that long at 100 GFLOP/s;
@@ -267,7 +273,7 @@ static bool is_usable(const fc_kernel *kernel, const fc_attention_problem *probl
                       const struct needs *needs, const fc_device *device)
 {
     return kernel->device_type == device->type && serves(kernel, problem, args, needs) &&
-           fc_kernel_runs_on(kernel, device) && fc_kernel_is_named(kernel, problem->kernel);
+           fc_kernel_serves_device(kernel, device) && fc_kernel_is_named(kernel, problem->kernel);
 }
 
 bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, const fc_forward_args *args,
@@ -277,57 +283,86 @@ bool fc_kernel_is_usable(int32_t kernel, const fc_attention_problem *problem, co
     return is_usable(&fc_kernels[kernel], problem, args, &needs, device);
 }
 
-/* The plan for one kernel. Returns an estimate of its time in cycles; of those that have none, infinity. */
-static double plan_blocks(const fc_forward_args *args, int32_t index, const fc_device *device, fc_plan *plan)
+/* The plan for one kernel, with so many splits of keys (0: choose). Returns an estimate of its time in cycles; of those
+ * that have none, infinity. */
+static double plan_blocks(const fc_forward_args *args, int32_t index, const fc_device *device, int32_t splits,
+                          fc_launch *launch)
 {
     const fc_kernel *kernel = &fc_kernels[index];
-    memset(plan, 0, sizeof *plan);
+    fc_plan *plan = &launch->plan;
+    memset(launch, 0, sizeof *launch);
     plan->struct_size = sizeof *plan;
     plan->kernel = index;
     plan->block_m = kernel->block_m;
     plan->block_n = kernel->block_n;
     plan->num_splits = 1;
-    plan->grid = num_tiles(args, kernel);
+    plan->num_tiles = num_tiles(args, kernel);
     if (device->type == FC_CPU) return INFINITY;
     /* of one grid; a block takes more in turn */
-    plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
-    if (!is_of_hopper(kernel) || plan->grid == 0) return INFINITY;
-    return kernel->family_id == fc_family_hopper ? fc_hopper_plan_blocks(args, kernel, device, plan)
-                                                 : fc_hopper_short_plan_blocks(args, kernel, device, plan);
+    plan->num_blocks = plan->num_tiles < INT32_MAX ? plan->num_tiles : INT32_MAX;
+    if (!is_of_hopper(kernel) || plan->num_tiles == 0) return INFINITY;
+    return kernel->family_id == fc_family_hopper ? fc_hopper_plan_blocks(args, kernel, device, launch)
+                                                 : fc_hopper_short_plan_blocks(args, kernel, device, splits, launch);
+}
+
+/* The fastest plan of all kernels that serve the problem; false where none does. */
+static bool choose(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                   fc_launch *launch)
+{
+    bool has_any = false;
+    double least = 0;
+    struct needs needs = needs_of(args);
+    for (int32_t i = 0; i < fc_num_kernels; i++) {
+        const fc_kernel *kernel = &fc_kernels[i];
+        if (has_any && is_of_hopper(kernel) && kernel->head_dim > fc_kernels[launch->plan.kernel].head_dim)
+            continue; /* pads more */
+        if (!is_usable(kernel, problem, args, &needs, device)) continue;
+        fc_launch its_launch;
+        double cycles = plan_blocks(args, i, device, 0, &its_launch);
+        if (!has_any || cycles < least) {
+            has_any = true;
+            least = cycles;
+            *launch = its_launch;
+        }
+        if (!is_of_hopper(kernel)) break; /* the first; those behind it are slower */
+    }
+    return has_any;
+}
+
+/* FC_DETERMINISTIC: the kernel and the splits that a batch of one gets. */
+static bool choose_for_one(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
+                           fc_launch *launch)
+{
+    fc_forward_args one = *args;
+    one.batch = 1;
+    if (!choose(problem, &one, device, launch)) return false;
+    plan_blocks(args, launch->plan.kernel, device, launch->plan.num_splits, launch);
+    return true;
 }
 
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                          int32_t preferred, fc_plan *plan)
+                          int32_t preferred, fc_launch *launch)
 {
     fc_status status = fc_check_device_type(device, problem->device_type);
     if (status != FC_OK) return status;
-    bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device);
-    int32_t chosen = is_told ? preferred : -1;
-    double least = 0;
-    struct needs needs = needs_of(args);
-    if (is_told) plan_blocks(args, preferred, device, plan);
-    for (int32_t i = 0; i < fc_num_kernels && !is_told; i++) {
-        if (chosen >= 0 && fc_kernels[i].head_dim > fc_kernels[chosen].head_dim && is_of_hopper(&fc_kernels[i]))
-            continue; /* pads more */
-        if (!is_usable(&fc_kernels[i], problem, args, &needs, device)) continue;
-        fc_plan its_plan;
-        double cycles = plan_blocks(args, i, device, &its_plan);
-        if (chosen < 0 || cycles < least) {
-            chosen = i;
-            least = cycles;
-            *plan = its_plan;
-        }
-        if (!is_of_hopper(&fc_kernels[i])) break; /* the first; those behind it are slower */
-    }
-    if (chosen < 0) return refuse(problem, args, device);
-    const fc_kernel *kernel = &fc_kernels[chosen];
-    plan->num_threads = device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->grid) : kernel->threads;
+    bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device), is_found = is_told;
+    if (is_told)
+        plan_blocks(args, preferred, device, 0, launch);
+    else if ((problem->flags & FC_DETERMINISTIC) != 0 && args->batch > 1)
+        is_found = choose_for_one(problem, args, device, launch);
+    else
+        is_found = choose(problem, args, device, launch);
+    if (!is_found) return refuse(problem, args, device);
+    fc_plan *plan = &launch->plan;
+    const fc_kernel *kernel = &fc_kernels[plan->kernel];
+    plan->num_threads =
+        device->type == FC_CPU ? fc_cpu_threads(problem, args, device, plan->num_tiles) : kernel->threads;
 
     /* The portable family is slow only where this device has a family of its own that it stands in for. */
-    if (device->type == FC_CUDA && problem->kernel == NULL && chosen != preferred &&
+    if (device->type == FC_CUDA && problem->kernel == NULL && plan->kernel != preferred &&
         kernel->family_id == fc_family_portable)
         for (int32_t i = 0; i < fc_num_kernels; i++)
-            if (fc_kernels[i].family_id != fc_family_portable && fc_kernel_runs_on(&fc_kernels[i], device))
+            if (fc_kernels[i].family_id != fc_family_portable && fc_kernel_serves_device(&fc_kernels[i], device))
                 plan->slow |= FC_SLOW_NO_FAST_KERNEL;
     return FC_OK;
 }
@@ -365,6 +400,6 @@ int fc_describe(const fc_attention_problem *problem, const fc_forward_args *args
     return snprintf(buffer, size,
                     "%s on %s: %" PRId64 " tiles of %d query rows by %d keys, %d key split%s, %" PRIu64
                     " bytes of workspace; chosen because %s.",
-                    kernel->name, where, plan->grid, plan->block_m, plan->block_n, plan->num_splits,
+                    kernel->name, where, plan->num_tiles, plan->block_m, plan->block_n, plan->num_splits,
                     plan->num_splits == 1 ? "" : "s", plan->workspace_bytes, why);
 }

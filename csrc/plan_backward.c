@@ -68,7 +68,7 @@ static fc_status refuse(const fc_backward_problem *problem, const fc_backward_ar
     char there[1024] = "", named[1024] = "", tiles[256] = "";
     for (int32_t i = 0; i < fc_num_kernels; i++) {
         const fc_kernel *kernel = &fc_kernels[i];
-        if (!fc_kernel_runs_on(kernel, device) || half_of(kernel) == NULL) continue;
+        if (!fc_kernel_serves_device(kernel, device) || half_of(kernel) == NULL) continue;
         fc_append(there, sizeof there, kernel->name);
         if (!fc_kernel_is_named(kernel, problem->kernel)) continue;
         fc_append(named, sizeof named, kernel->name);
@@ -77,13 +77,7 @@ static fc_status refuse(const fc_backward_problem *problem, const fc_backward_ar
         snprintf(pair, sizeof pair, "(%d, %d)", half_of(kernel)->block_m, half_of(kernel)->block_n);
         fc_append(tiles, sizeof tiles, pair);
     }
-    if (there[0] == '\0')
-        return fc_fail(FC_UNSUPPORTED,
-                       "no backward kernel of this build runs on compute capability %d.%d; it was built for: %s. "
-                       "Rebuild with FLASHCORE_CUDA_ARCHS=%d, or move the arrays to the CPU, where every dtype and "
-                       "option is served",
-                       device->compute_capability / 10, device->compute_capability % 10,
-                       fc_cuda_archs()[0] ? fc_cuda_archs() : "no GPU", device->compute_capability);
+    if (there[0] == '\0') return fc_refuse_device(device, "backward kernel");
     if (named[0] == '\0')
         return fc_fail(FC_INVALID,
                        "kernel '%s' is forced, but %s has no such backward kernel or family here; there are: %s",
@@ -140,7 +134,7 @@ fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attentio
     for (; chosen < fc_num_kernels; chosen++) {
         const fc_kernel *kernel = &fc_kernels[chosen];
         if (!serves_arrays(kernel, args) || (half = half_of(kernel)) == NULL || !has_tile(half, problem)) continue;
-        if (fc_kernel_is_named(kernel, problem->kernel) && fc_kernel_runs_on(kernel, device)) break;
+        if (fc_kernel_is_named(kernel, problem->kernel) && fc_kernel_serves_device(kernel, device)) break;
     }
     if (chosen == fc_num_kernels) return refuse(problem, args, device);
 
@@ -151,13 +145,13 @@ fc_status fc_plan_backward(const fc_backward_problem *problem, const fc_attentio
     plan->block_n = half->block_n;
     plan->num_splits = 1;
     if (device->type == FC_CPU) {
-        plan->grid = fc_cpu_backward_tasks(args).total;
+        plan->num_tiles = fc_cpu_backward_tasks(args).total;
         plan->workspace_bytes = fc_cpu_backward_layout(args).bytes;
-        plan->num_threads = fc_cpu_threads(forward, &args->forward, device, plan->grid);
+        plan->num_threads = fc_cpu_threads(forward, &args->forward, device, plan->num_tiles);
     } else {
-        plan->grid = num_cuda_tiles(args, half);
+        plan->num_tiles = num_cuda_tiles(args, half);
         /* of the largest grid; a block takes more in turn */
-        plan->num_blocks = plan->grid < INT32_MAX ? plan->grid : INT32_MAX;
+        plan->num_blocks = plan->num_tiles < INT32_MAX ? plan->num_tiles : INT32_MAX;
         plan->workspace_bytes = cuda_workspace(&args->forward);
         plan->num_threads = half->threads;
         plan->slow = FC_SLOW_BACKWARD;

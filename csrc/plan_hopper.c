@@ -1,11 +1,12 @@
 /*
  * plan_hopper.c - plan.c's part for Hopper: which arrays its copy engine reads, and how tiles are dealt to blocks.
  *
- * Each block stays on one multiprocessor. Tiles are dealt to the blocks like cards, in turns of opposite direction
+ * Each block stays on one multiprocessor. Tiles are dealt to the blocks like cards, in rounds of opposite direction
  * (kernels/hopper/schedule.cuh): group after group of heads, and in a group row after row, from the last, or in
- * every other group from the first. Under a causal mask costs fall linearly within a group, so two turns that fall into
- * one group cost every block the same. The choice is the size of the groups, and of the last one: whether the loads
- * come out even depends on how they divide the turns, in no simple way; and keys must stay in the L2 cache meanwhile.
+ * every other group from the first. Under a causal mask costs fall linearly within a group, so two rounds that fall
+ * into one group cost every block the same. The choice is the size of the groups, and of the last one: whether the
+ * loads come out even depends on how they divide the rounds, in no simple way; and keys must stay in the L2 cache
+ * meanwhile.
  *
  * The trick is to try: a few sizes are dealt here as the kernel will, and the most even ones are kept in mind for the
  * next call of these sizes.
@@ -28,6 +29,8 @@ static bool is_readable(const fc_tensor *tensor, const int64_t shape[4])
 
 bool fc_hopper_reads(const fc_forward_args *args)
 {
+    const int64_t far = (int64_t)1 << 30; /* ALiBi's distances are 32-bit numbers, too */
+    if (args->alibi_slopes.dtype != FC_NONE && (args->diagonal > far || args->diagonal < -far)) return false;
     const int64_t query[4] = {args->batch, args->num_heads_q, args->seqlen_q, args->head_dim};
     const int64_t key[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim};
     const int64_t value[4] = {args->batch, args->num_heads_kv, args->seqlen_k, args->head_dim_v};
@@ -39,14 +42,14 @@ const char *fc_hopper_reads_what(const fc_forward_args *args)
     return fc_hopper_reads(args) ? ""
                                  : "; Hopper's kernels read query, key and value whose last dimension is contiguous, "
                                    "whose other strides are positive multiples of 8 elements, and whose data is "
-                                   "aligned to 16 bytes: copy the array";
+                                   "aligned to 16 bytes (copy the array), and ALiBi with diagonals up to 2^30";
 }
 
 /* Of the time. Groups that begin with their smallest tiles ask for many new keys at once; and a score says no more than
  * this, in which the earlier sizes are the better tried ones. */
 static const double ALTERNATING_LOSES = 0.015, CLEARLY = 0.008;
 
-enum { MOST_BLOCKS = 256, MOST_ROW_TILES = 1024, MOST_TURNS = 64, MEMO = 64 };
+enum { MOST_BLOCKS = 256, MOST_ROW_TILES = 1024, MOST_ROUNDS = 64, MEMO = 64 };
 
 /* Keys that block_m rows from first_row see. */
 static int64_t visible_keys(const fc_forward_args *args, int64_t first_row, int64_t block_m)
@@ -82,7 +85,7 @@ static void deal_group(struct deal *deal, const int64_t costs[], int64_t row_til
         for (int64_t head = 0; head < heads; head++) {
             deal->loads[deal->place] += cost;
             if (deal->place + deal->step < 0 || deal->place + deal->step == deal->num_blocks)
-                deal->step = -deal->step; /* the next turn begins where this one ends */
+                deal->step = -deal->step; /* the next round begins where this one ends */
             else
                 deal->place += deal->step;
         }
@@ -131,9 +134,9 @@ static double cache_loss(const struct trial *trial, int64_t heads, int64_t num_b
 }
 
 /* Tries a last group of any number of heads behind others of at_once, and keeps the best. */
-static void try_groups(struct trial *trial, const int64_t costs[], fc_plan *plan)
+static void try_groups(struct trial *trial, const int64_t costs[], fc_launch *launch)
 {
-    int64_t at_once = trial->at_once, blocks = plan->num_blocks;
+    int64_t at_once = trial->at_once, blocks = launch->plan.num_blocks;
     struct deal deal = {.num_blocks = blocks, .step = 1};
     for (int64_t group = 0, rest = trial->heads; rest > 0; group++, rest -= at_once) {
         bool is_down = trial->order == DOWN || (group + (trial->order == UP_AND_DOWN)) % 2 == 0;
@@ -145,9 +148,9 @@ static void try_groups(struct trial *trial, const int64_t costs[], fc_plan *plan
                            cache_loss(trial, rest, blocks) * share - (trial->order == DOWN ? 0 : ALTERNATING_LOSES);
             if (score > trial->best + CLEARLY) { /* or else as good as equal: the earlier one */
                 trial->best = score;
-                plan->heads_at_once = at_once;
-                plan->num_groups = group + 1;
-                plan->groups_alternate = trial->order != DOWN;
+                launch->heads_at_once = at_once;
+                launch->num_groups = group + 1;
+                launch->groups_alternate = trial->order != DOWN;
             }
         }
         deal_group(&deal, costs, trial->row_tiles, at_once, is_down);
@@ -155,26 +158,27 @@ static void try_groups(struct trial *trial, const int64_t costs[], fc_plan *plan
 }
 
 /* Sets heads_at_once, num_groups, of which the last takes the rest of the heads, and groups_alternate. */
-static void choose_groups(const fc_forward_args *args, const fc_device *device, const fc_kernel *kernel, fc_plan *plan)
+static void choose_groups(const fc_forward_args *args, const fc_device *device, const fc_kernel *kernel,
+                          fc_launch *launch)
 {
     int64_t heads = args->batch * args->num_heads_q, row_tiles = fc_divide_up(args->seqlen_q, kernel->block_m);
-    int64_t blocks = plan->num_blocks;
-    plan->heads_at_once = blocks < 4 ? 1 : blocks / 4;
-    if (plan->heads_at_once > heads) plan->heads_at_once = heads;
-    plan->num_groups = heads / plan->heads_at_once;
-    if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || plan->grid > blocks * MOST_TURNS) return;
+    int64_t blocks = launch->plan.num_blocks;
+    launch->heads_at_once = blocks < 4 ? 1 : blocks / 4;
+    if (launch->heads_at_once > heads) launch->heads_at_once = heads;
+    launch->num_groups = heads / launch->heads_at_once;
+    if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || launch->plan.num_tiles > blocks * MOST_ROUNDS) return;
 
     /* 40 bits of a fingerprint, one of groups_alternate, 7 of heads_at_once, 16 of num_groups: enough for the tiles
-     * that MOST_TURNS and MOST_BLOCKS allow. */
+     * that MOST_ROUNDS and MOST_BLOCKS allow. */
     static _Atomic uint64_t memo[MEMO];
     uint64_t print = fingerprint(args, device, kernel->block_m, blocks);
     _Atomic uint64_t *entry = &memo[print % MEMO];
     uint64_t known = atomic_load_explicit(entry, memory_order_relaxed);
     int64_t known_at_once = (int64_t)(known >> 16 & 0x7f), known_groups = (int64_t)(known & 0xffff);
     if (known >> 24 == print >> 24 && known_groups > 0 && known_at_once * (known_groups - 1) < heads) {
-        plan->heads_at_once = known_at_once;
-        plan->num_groups = known_groups;
-        plan->groups_alternate = known >> 23 & 1;
+        launch->heads_at_once = known_at_once;
+        launch->num_groups = known_groups;
+        launch->groups_alternate = known >> 23 & 1;
         return;
     }
 
@@ -187,18 +191,18 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
         const int64_t tries[] = {blocks / 4, 2 * blocks / 11, blocks / 6, blocks / 8, blocks / 11, blocks / 12};
         for (size_t i = 0; i < sizeof tries / sizeof *tries && trial.best + CLEARLY < most; i++) {
             trial.at_once = tries[i] < 1 ? 1 : tries[i] < heads ? tries[i] : heads;
-            try_groups(&trial, costs, plan);
+            try_groups(&trial, costs, launch);
         }
     }
-    known = print >> 24 << 24 | (uint64_t)plan->groups_alternate << 23 | (uint64_t)plan->heads_at_once << 16 |
-            (uint64_t)plan->num_groups;
+    known = print >> 24 << 24 | (uint64_t)launch->groups_alternate << 23 | (uint64_t)launch->heads_at_once << 16 |
+            (uint64_t)launch->num_groups;
     atomic_store_explicit(entry, known, memory_order_relaxed);
 }
 
-void fc_hopper_group_by_keys(const fc_forward_args *args, fc_plan *plan)
+void fc_hopper_group_by_keys(const fc_forward_args *args, fc_launch *launch)
 {
-    plan->heads_at_once = args->num_heads_q / args->num_heads_kv;
-    plan->num_groups = args->batch * args->num_heads_kv;
+    launch->heads_at_once = args->num_heads_q / args->num_heads_kv;
+    launch->num_groups = args->batch * args->num_heads_kv;
 }
 
 double fc_hopper_mean_keys(const fc_forward_args *args, int64_t block_m, int64_t row_tiles, double *most)
@@ -241,14 +245,14 @@ static double pace(const fc_forward_args *args, const fc_kernel *kernel)
  * for memory and whose blocks end unevenly. What tiles cost beside each other is less (find_costs). */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
 {
-    int64_t row_tiles = plan->grid / (args->batch * args->num_heads_q);
-    int64_t rounds = fc_divide_up(plan->grid, plan->num_blocks);
+    int64_t row_tiles = plan->num_tiles / (args->batch * args->num_heads_q);
+    int64_t rounds = fc_divide_up(plan->num_tiles, plan->num_blocks);
     double own = kernel->block_n == 128 ? 320 : 256, load = (own + (double)args->seqlen_k) * (double)rounds;
     bool is_window = fc_is_narrow_window(args);
     if (!fc_is_open_left(args) || !fc_is_open_right(args)) {
         double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
         /* A narrow window's tiles are alike; others differ, and are dealt evenly. */
-        load = (own + mean) * (is_window ? (double)rounds : (double)plan->grid / (double)plan->num_blocks);
+        load = (own + mean) * (is_window ? (double)rounds : (double)plan->num_tiles / (double)plan->num_blocks);
         if (load < own + most) load = own + most;
     }
     return 1000 + 0.088 * load * kernel->block_m * pace(args, kernel) * fc_hopper_weight(kernel);
@@ -264,14 +268,15 @@ static uint64_t mask_copy_bytes(const fc_forward_args *args)
 }
 
 double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
-                             fc_plan *plan)
+                             fc_launch *launch)
 {
+    fc_plan *plan = &launch->plan;
     if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
     plan->workspace_bytes = mask_copy_bytes(args);
     if (fc_is_open_left(args) && fc_is_open_right(args)) {
-        fc_hopper_group_by_keys(args, plan);
+        fc_hopper_group_by_keys(args, launch);
     } else {
-        choose_groups(args, device, kernel, plan);
+        choose_groups(args, device, kernel, launch);
     }
     return estimate(args, kernel, plan);
 }

@@ -9,23 +9,16 @@
 
 #include "internal.h"
 
-enum { SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 1024, MOST_SPLITS = 8 };
-
-/* A block's shared memory, as kernels/hopper_short/forward.cu lays it out. */
 static int64_t smem_bytes(const fc_forward_args *args, const fc_kernel *kernel, int64_t splits)
 {
-    int64_t row_bytes = kernel->head_dim * 2,
-            tiles = fc_divide_up(fc_divide_up(args->seqlen_k, kernel->block_n), splits);
-    int64_t mask_bytes = kernel->threads / 32 * fc_hopper_short_mask_bytes(&args->attn_mask, kernel->block_n);
-    return BARRIER_BYTES + kernel->block_m * row_bytes + 2 * tiles * kernel->block_n * row_bytes +
-           fc_hopper_short_parts_bytes(kernel->head_dim, kernel->threads, splits) + mask_bytes;
+    return fc_hopper_short_smem_of(args, kernel->head_dim, kernel->block_m, kernel->block_n, splits).bytes;
 }
 
 /* The fewest splits with which it fits; 0: none. */
 static int64_t least_splits(const fc_forward_args *args, const fc_kernel *kernel)
 {
-    for (int64_t splits = 1; splits <= MOST_SPLITS; splits *= 2)
-        if (smem_bytes(args, kernel, splits) <= SMEM_BYTES) return splits;
+    for (int64_t splits = 1; splits <= FC_HOPPER_SHORT_MOST_SPLITS; splits *= 2)
+        if (smem_bytes(args, kernel, splits) <= FC_HOPPER_BLOCK_SMEM_BYTES) return splits;
     return 0;
 }
 
@@ -99,42 +92,51 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
  * that fit on a multiprocessor only so many may that whole calls do, or two calls' where clusters are large. Gains
  * nothing where no more fit anyway, or where the grid is small; with masks, nothing beyond one block each.
  */
-static void lay_evenly(fc_plan *plan, const fc_kernel *kernel, const struct layout *of)
+static void lay_evenly(fc_launch *launch, const fc_kernel *kernel, const struct layout *of)
 {
-    if (of->per_sm >= of->fit || 8 * plan->num_blocks < of->sms || (has_masks(kernel) && of->per_sm > 1)) return;
+    if (of->per_sm >= of->fit || 8 * launch->plan.num_blocks < of->sms || (has_masks(kernel) && of->per_sm > 1)) return;
     int64_t calls = of->fit / of->per_sm;
     if (of->splits > 2 && calls > 2) calls = 2;
-    plan->num_blocks = of->per_sm * of->sms / of->splits * of->splits;
-    plan->blocks_per_sm = (int32_t)(calls * of->per_sm);
+    launch->plan.num_blocks = of->per_sm * of->sms / of->splits * of->splits;
+    launch->blocks_per_sm = (int32_t)(calls * of->per_sm);
+}
+
+/* The grid with the splits that take the least time, which is set: the fewest that fit, or more, as long as they gain,
+ * have multiprocessors, and each block keeps 128 keys. */
+static struct layout choose_splits(const fc_forward_args *args, const fc_kernel *kernel, int64_t tiles, int64_t sms,
+                                   double share, double *cycles)
+{
+    int64_t least = least_splits(args, kernel);
+    struct layout best = layout_of(kernel, tiles, least, smem_bytes(args, kernel, least), sms);
+    *cycles = estimate(args, kernel, &best, share);
+    for (int64_t splits = 2 * least; splits <= FC_HOPPER_SHORT_MOST_SPLITS; splits *= 2) {
+        int64_t bytes = smem_bytes(args, kernel, splits);
+        if (tiles * splits > sms || args->seqlen_k < 128 * splits || bytes > FC_HOPPER_BLOCK_SMEM_BYTES) break;
+        struct layout layout = layout_of(kernel, tiles, splits, bytes, sms);
+        double its_cycles = estimate(args, kernel, &layout, share);
+        if (its_cycles >= *cycles) break;
+        *cycles = its_cycles;
+        best = layout;
+    }
+    return best;
 }
 
 double fc_hopper_short_plan_blocks(const fc_forward_args *args, const fc_kernel *kernel, const fc_device *device,
-                                   fc_plan *plan)
+                                   int64_t splits, fc_launch *launch)
 {
-    int64_t tiles = plan->grid, sms = device->num_sms > 0 ? device->num_sms : 1;
-    double share = share_of_longest(args, kernel, tiles);
-    int64_t least = least_splits(args, kernel);
-    struct layout best = layout_of(kernel, tiles, least, smem_bytes(args, kernel, least), sms);
-    double cycles = estimate(args, kernel, &best, share);
-    /* More than must be only while they gain, have multiprocessors, and each block keeps 128 keys. */
-    for (int64_t splits = 2 * least; splits <= MOST_SPLITS; splits *= 2) {
-        int64_t bytes = smem_bytes(args, kernel, splits);
-        if (tiles * splits > sms || args->seqlen_k < 128 * splits || bytes > SMEM_BYTES) break;
-        struct layout layout = layout_of(kernel, tiles, splits, bytes, sms);
-        double its_cycles = estimate(args, kernel, &layout, share);
-        if (its_cycles >= cycles) break;
-        cycles = its_cycles;
-        best = layout;
-    }
-    plan->num_splits = (int32_t)best.splits;
-    plan->num_blocks = tiles * best.splits;
-    lay_evenly(plan, kernel, &best);
+    int64_t tiles = launch->plan.num_tiles, sms = device->num_sms > 0 ? device->num_sms : 1;
+    double share = share_of_longest(args, kernel, tiles), cycles = 0;
+    struct layout layout = splits == 0 ? choose_splits(args, kernel, tiles, sms, share, &cycles)
+                                       : layout_of(kernel, tiles, splits, smem_bytes(args, kernel, splits), sms);
+    launch->plan.num_splits = (int32_t)layout.splits;
+    launch->plan.num_blocks = tiles * layout.splits;
+    lay_evenly(launch, kernel, &layout);
     /* Long tiles first, where they differ. */
     if (kernel->mask == fc_mask_full) {
-        fc_hopper_group_by_keys(args, plan);
+        fc_hopper_group_by_keys(args, launch);
     } else {
-        plan->heads_at_once = args->batch * args->num_heads_q;
-        plan->num_groups = 1;
+        launch->heads_at_once = args->batch * args->num_heads_q;
+        launch->num_groups = 1;
     }
     return cycles;
 }

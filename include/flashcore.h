@@ -35,7 +35,7 @@
  *     x_ij = word j / 16 % 4 of P((j / 64 * 16 + j % 16, i), key)
  *
  * Rules for all of it:
- * - Every struct begins with its own size. Zero in any field means the default. A newer caller's larger
+ * - Every struct but fc_tensor begins with its own size. Zero in any field means the default. A newer caller's larger
  *   struct is accepted as long as the part this library does not know is all zero.
  * - Strides count elements, not bytes, and may be zero (repeat) or negative. No field is in bytes
  *   unless its name says so.
@@ -105,20 +105,20 @@ typedef struct fc_tensor {
 #define FC_WINDOW_LEFT   (1u << 2) /* hide keys with d < -window_left */
 #define FC_WINDOW_RIGHT  (1u << 3) /* hide keys with d > window_right */
 #define FC_SCALE         (1u << 4) /* use the field `scale`, whatever it holds; else 1/sqrt(head_dim) */
-#define FC_DETERMINISTIC (1u << 5) /* a row's bits do not depend on the batch around it */
+#define FC_DETERMINISTIC (1u << 5) /* a row's bits do not depend on the batch around it, of arrays that lie alike */
 
 typedef struct fc_attention_problem {
     uint64_t struct_size; /* sizeof(fc_attention_problem) */
     int32_t device_type;  /* fc_device_type, where every array lives */
     int32_t device_id;    /* CUDA ordinal; 0 for the CPU */
 
-    /* Any of these may be 0 except the head counts' divisibility and the two head dimensions. */
+    /* Each may be 0 but the two head dimensions. */
     int64_t batch;
     int64_t num_heads_q; /* a multiple of num_heads_kv: query head h reads kv head h / (q / kv) */
     int64_t num_heads_kv;
     int64_t seqlen_q;
     int64_t seqlen_k;
-    int64_t head_dim;   /* of query and key, 1 to 256 */
+    int64_t head_dim;   /* of query and key, 1 to 256; more is FC_UNSUPPORTED */
     int64_t head_dim_v; /* of value and out, 1 to 256 */
 
     fc_tensor query;        /* [batch, num_heads_q, seqlen_q, head_dim]; float16, bfloat16, float32, float64 */
@@ -136,8 +136,8 @@ typedef struct fc_attention_problem {
     int32_t block_m;      /* force this tile: query rows; 0 lets the planner choose */
     int32_t block_n;      /* force this tile: keys */
     int32_t num_threads;  /* CPU threads at most; 0: OMP_NUM_THREADS, else the affinity mask */
-    double scale;         /* finite; read only with FC_SCALE */
-    double softcap;       /* > 0; 0 for none */
+    double scale;         /* finite, also as float32 (of float64 arrays, float64); read only with FC_SCALE */
+    double softcap;       /* > 0 and finite, likewise, and so is scale / softcap; 0 for none */
     int64_t window_left;  /* >= 0, read only with FC_WINDOW_LEFT */
     int64_t window_right; /* >= 0, read only with FC_WINDOW_RIGHT */
     int64_t diagonal;     /* d = j - i - diagonal; 0 is PyTorch's (upper left) */
@@ -183,14 +183,10 @@ typedef struct fc_plan {
     int32_t num_splits;       /* ways the keys of one row are divided; 1: not */
     int32_t num_threads;      /* CPU threads at most (a small call wakes none), or CUDA threads per block */
     uint32_t slow;            /* FC_SLOW_* bits */
-    int64_t grid;             /* tiles of the output: tasks on the CPU */
+    int64_t num_tiles;        /* tiles of the output: tasks on the CPU */
     int64_t num_blocks;       /* thread blocks of the launch on a GPU, of which some may have no tile; 0 on the CPU */
-    int64_t heads_at_once;    /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
-    int64_t num_groups;       /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
     int32_t tuned;            /* 1: fc_tuned_add's choice, not the planner's own */
-    int32_t blocks_per_sm;    /* more are kept from sharing a multiprocessor; 0: as many as fit */
-    int32_t groups_alternate; /* 1: groups begin with their first rows and with their last ones in turn; the last does
-                               * with the last, as otherwise all */
+    int32_t reserved;         /* 0 */
 } fc_plan;
 
 /* "0.1.0", of the library that is loaded; FC_VERSION is that of the header. */
@@ -209,12 +205,16 @@ FC_API const char *fc_status_name(fc_status status);
  */
 FC_API const char *fc_last_error(void);
 
-/* Kernels in this build, 0 to fc_kernel_count() - 1; the name of one, or NULL past the end. Several
- * kernels of one family differ in dtype and head_dim and share the name's first word. */
+/* Kernels in this build, 0 to fc_kernel_count() - 1; the name of one, and of its family, "cpu", "portable", "hopper" or
+ * "hopper_short", which its name begins with. NULL past the end. A family's kernels differ in what they serve. */
 FC_API int32_t fc_kernel_count(void);
 FC_API const char *fc_kernel_name(int32_t kernel);
+FC_API const char *fc_kernel_family(int32_t kernel);
 
-/* Device architectures that the CUDA kernels were built for, "80 90a +PTX"; "" for a CPU-only build. */
+/* 1 where a device of these facts can run the kernel, else 0. */
+FC_API int32_t fc_kernel_runs_on(int32_t kernel, const fc_device *device);
+
+/* Device architectures that the CUDA kernels were built for, "80 90a 75+PTX"; "" for a CPU-only build. */
 FC_API const char *fc_cuda_archs(void);
 
 /* Number of usable CUDA devices; 0 with the reason in fc_last_error() where there is none. */
@@ -253,8 +253,8 @@ FC_API fc_status fc_attention_forward(const fc_attention_problem *problem, void 
 
 /*
  * The same with a plan that fc_attention_plan made for the problem, which spares its making: of all kernels only the
- * plan's is looked at. Arrays may have moved since; a plan of another problem is FC_INVALID where its kernel does not
- * serve this one, and else no more than slow.
+ * plan's is looked at. Arrays may have moved since, by multiples of 16 bytes; a plan of another problem is FC_INVALID
+ * where its kernel does not serve this one, and else no more than slow.
  */
 FC_API fc_status fc_attention_run(const fc_attention_problem *problem, const fc_plan *plan, void *workspace,
                                   uint64_t workspace_bytes, void *stream);

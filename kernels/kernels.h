@@ -101,16 +101,29 @@ typedef struct fc_backward_args {
     fc_tensor dbias, dsinks; /* stride 0: one element, with the sum over that dimension */
 } fc_backward_args;
 
-/* workspace: plan->workspace_bytes of device memory, or NULL where that is 0.
+/* A plan, and what of it only a launcher needs to know: how tiles are dealt to blocks (kernels/hopper/schedule.cuh),
+ * and how many blocks share a multiprocessor. */
+typedef struct fc_launch {
+    fc_plan plan;
+    int64_t heads_at_once; /* heads whose tiles are dealt out together, so that their keys stay in cache; 0: any */
+    int64_t num_groups;    /* of so many heads, the last of which takes the rest, more or fewer; 0: none */
+    bool groups_alternate; /* they begin with their first rows and with their last ones in turn; the last group does
+                            * with the last, as otherwise all */
+    int32_t blocks_per_sm; /* more are kept from sharing a multiprocessor; 0: as many as fit */
+} fc_launch;
+
+/* workspace: the plan's workspace_bytes of device memory, or NULL where that is 0.
  * Returns a cudaError_t, 0 for success; stream is a cudaStream_t. */
-typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_plan *plan, void *workspace, void *stream);
+typedef int (*fc_forward_launcher)(const fc_forward_args *args, const fc_launch *launch, void *workspace, void *stream);
 typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan *plan, void *workspace, void *stream);
 
 /* The portable backward's workspace, for each row of each query head. */
 #define FC_PORTABLE_BACKWARD_ROW_BYTES 16
 
-/* Shared memory of a Hopper multiprocessor; the system keeps 1 KiB for each block. */
-#define FC_HOPPER_SM_SMEM_BYTES (228 * 1024)
+/* Shared memory of a Hopper multiprocessor, of which the system keeps 1 KiB for each block; and the most one may have.
+ */
+#define FC_HOPPER_SM_SMEM_BYTES    (228 * 1024)
+#define FC_HOPPER_BLOCK_SMEM_BYTES (FC_HOPPER_SM_SMEM_BYTES - 1024)
 
 /* Warpgroups of kernels/hopper_short that fit on a multiprocessor: by a thread's numbers (scores, weights, out; some 16
  * for options) and some 40 registers beside, four with at most 128 registers, three with 168. Its launch bound, and the
@@ -122,27 +135,36 @@ typedef int (*fc_backward_launcher)(const fc_backward_args *args, const fc_plan 
      : FC_HOPPER_SHORT_NUMBERS(block_n, head_dim, has_masks) <= 128 ? 3                                                \
                                                                     : 2)
 
-/* Shared memory for the mask of a warp of kernels/hopper_short, if there is one: sixteen rows of a tile. */
-static inline int64_t fc_hopper_short_mask_bytes(const fc_tensor *mask, int64_t block_n)
-{
-    return 16 * block_n * fc_dtype_bytes(mask->dtype);
-}
-
 /* What a warp of kernels/hopper_short holds at the end, of 16 rows: out, sums and references, in float32. */
 #define FC_HOPPER_SHORT_PART_BYTES(head_dim) (((head_dim) / 2 + 4) * 4 * 32)
 
+/* The most blocks in a cluster that may split a head's keys: the largest size that every GPU takes. */
+#define FC_HOPPER_SHORT_MOST_SPLITS 8
+
 /* The warps whose rows one block of a cluster joins; with more blocks than warps, some join none. Powers of two. */
-static inline int64_t fc_hopper_short_joined_warps(int64_t threads, int64_t splits)
+static inline int64_t fc_hopper_short_joined_warps(int64_t warps, int64_t splits)
 {
-    int64_t warps = threads / 32;
     return splits < warps ? warps / splits : 1;
 }
 
-/* Shared memory for the parts that such a block gets from the others, in whole KiB: a mask's swizzle follows. */
-static inline int64_t fc_hopper_short_parts_bytes(int64_t head_dim, int64_t threads, int64_t splits)
+/* A block's shared memory in kernels/hopper_short, for both sides: barriers, query, its share of the head's keys and
+ * values, the parts that it gets from other blocks of its cluster, in whole KiB since a mask's swizzle follows, and of
+ * a mask sixteen rows of a tile for each warp. */
+#define FC_HOPPER_SHORT_BARRIER_BYTES 1024
+typedef struct fc_hopper_short_smem {
+    int64_t parts_offset, mask_offset, bytes;
+} fc_hopper_short_smem;
+static inline fc_hopper_short_smem fc_hopper_short_smem_of(const fc_forward_args *args, int64_t head_dim,
+                                                           int64_t block_m, int64_t block_n, int64_t splits)
 {
-    int64_t parts = fc_hopper_short_joined_warps(threads, splits) * (splits - 1);
-    return (parts * FC_HOPPER_SHORT_PART_BYTES(head_dim) + 1023) / 1024 * 1024;
+    int64_t warps = block_m / 16, tiles = (args->seqlen_k + block_n - 1) / block_n;
+    int64_t share = (tiles + splits - 1) / splits, row_bytes = 2 * head_dim;
+    int64_t parts = fc_hopper_short_joined_warps(warps, splits) * (splits - 1);
+    fc_hopper_short_smem smem;
+    smem.parts_offset = FC_HOPPER_SHORT_BARRIER_BYTES + (block_m + 2 * share * block_n) * row_bytes;
+    smem.mask_offset = smem.parts_offset + (parts * FC_HOPPER_SHORT_PART_BYTES(head_dim) + 1023) / 1024 * 1024;
+    smem.bytes = smem.mask_offset + warps * 16 * block_n * fc_dtype_bytes(args->attn_mask.dtype);
+    return smem;
 }
 
 /* CUDA launchers are named fc_<family>_forward_<dtype>_d<head_dim>_<mask>_<block_m>x<block_n>, one per row of
@@ -160,7 +182,7 @@ static inline int64_t fc_hopper_short_parts_bytes(int64_t head_dim, int64_t thre
 #endif
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
     FC_IF_BUILT_##arch(int fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n(               \
-                           const fc_forward_args *, const fc_plan *, void *, void *);)
+                           const fc_forward_args *, const fc_launch *, void *, void *);)
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
     FC_IF_BUILT_##arch(int fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n(              \
                            const fc_backward_args *, const fc_plan *, void *, void *);)

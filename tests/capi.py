@@ -94,20 +94,19 @@ class Plan(ctypes.Structure):
         ("num_splits", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("slow", ctypes.c_uint32),
-        ("grid", ctypes.c_int64),
+        ("num_tiles", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
-        ("heads_at_once", ctypes.c_int64),
-        ("num_groups", ctypes.c_int64),
         ("tuned", ctypes.c_int32),
-        ("blocks_per_sm", ctypes.c_int32),
-        ("groups_alternate", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     ]
 
 
 @cache
 def library() -> Any:
     lib = ctypes.CDLL(flashcore.library_path())
-    for name in ("fc_version", "fc_revision", "fc_status_name", "fc_last_error", "fc_kernel_name", "fc_cuda_archs"):
+    for name in ("fc_version", "fc_revision", "fc_status_name", "fc_last_error", "fc_cuda_archs"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    for name in ("fc_kernel_name", "fc_kernel_family"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.fc_attention_plan.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     lib.fc_attention_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]

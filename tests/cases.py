@@ -316,6 +316,7 @@ _LIST = [
         for s in STRIDES
         if s != "contiguous"
     ],
+    Case("head_dim_five_of_eight", head_dim=5, strides_q="padded_rows", strides_kv="padded_rows"),
     Case("strides_mixed", strides_q="columns", strides_kv="unaligned", head_dim=40, sanitize=True),
     Case("layout_bshd", options={"layout": "bshd"}, num_heads_q=4, sanitize=True),
     Case("layout_bshd_memory_bhsd", options={"layout": "bshd", **CAUSAL}, strides_q="heads_inside"),

@@ -1,7 +1,8 @@
 """CUDA kernels on the CPU: their own source, compiled with tests/emulator in place of the hardware.
 
 attention() and backward() take NumPy arrays and go the way of a call on a GPU: check, plan, the launcher. See
-tests/emulator/emulator.h for what that can find and what not.
+tests/emulator/emulator.h for what that can find and what not. launch_of() stops at the plan, and has what of it only a
+launcher is told.
 """
 
 from __future__ import annotations
@@ -26,13 +27,26 @@ DEFINES = ["-DFC_WITH_CUDA=1", "-DFC_BUILD_90A=1", '-DFC_CUDA_ARCHS="90a"']
 COLUMNS = ("FC_FAMILY", "FC_DTYPE", "FC_HEAD_DIM", "FC_MASK", "FC_BLOCK_M", "FC_BLOCK_N", "FC_THREADS")
 
 
+class Launch(ctypes.Structure):
+    """kernels/kernels.h's fc_launch."""
+
+    _fields_ = [
+        ("plan", capi.Plan),
+        ("heads_at_once", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
+        ("groups_alternate", ctypes.c_bool),
+        ("blocks_per_sm", ctypes.c_int32),
+    ]
+
+
 def lacks() -> str:
     """Why it cannot be built here, or nothing."""
     return "" if shutil.which("g++") and shutil.which("gcc") else "needs gcc and g++"
 
 
 def build(folder: Path, family: str) -> Any:
-    """Compiles every row of the family, two at a time, and loads them with the planner: some 20 seconds."""
+    """Compiles every row of the family, two at a time, and loads them with the planner: some 20 seconds. The family ""
+    has none: 2 seconds."""
     jobs = []
     rows = re.findall(r"^FC_(BACKWARD_)?VARIANT\(([^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M)
     for backward, row in rows:
@@ -84,27 +98,38 @@ def attention(
     layout: str = "bhsd",
     num_sms: int = 3,
     kernel: bytes = b"hopper",
-    plans: list[capi.Plan] | None = None,
+    launches: list[Launch] | None = None,
+    out: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Array] | None:
     """Out and lse, NaN where nothing was written; None where no row of the family serves. options: attention()'s. Few
-    multiprocessors make many tiles for each. plans: takes the plan."""
+    multiprocessors make many tiles for each. launches: takes what the launcher was told. out: where it is to be
+    written, heads outside."""
     if layout == "bshd":
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
+    if out is None:
+        out = np.full((*query.shape[:3], value.shape[3]), np.nan, query.dtype)
     lse = np.full(query.shape[:3], np.nan, np.float32)
     problem = capi.problem(query, key, value, out, lse=lse, kernel=kernel)
     problem.device_type = capi.CUDA
     capi.set_options(problem, options)
-    plan = capi.Plan(struct_size=ctypes.sizeof(capi.Plan))
+    launch = Launch()
     device = capi.gpu_device(90, num_sms)
-    status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(plan))
+    status = library.fc_emulate(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(launch))
     if status == capi.UNSUPPORTED:
         return None
-    if plans is not None:
-        plans.append(plan)
+    if launches is not None:
+        launches.append(launch)
     assert status == capi.OK, f"status {status}: a block is stuck" if status < 0 else f"status {status}"
     return (out.swapaxes(1, 2) if layout == "bshd" else out), lse
+
+
+def launch_of(problem: capi.Problem, num_sms: int = 132) -> Launch:
+    """What a launcher is told of a problem, whose arrays need no data, on a Hopper GPU."""
+    launch, device = Launch(), capi.gpu_device(90, num_sms)
+    status = library("").fc_emulate_plan(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(launch))
+    assert status == capi.OK
+    return launch
 
 
 def backward(library: Any, made: capi.BackwardProblem) -> int:

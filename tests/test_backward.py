@@ -204,9 +204,12 @@ def test_summed_gradients_of_nothing_are_zero(empty: str, device: str, dtype: st
 
 
 @everywhere("float32")
-@pytest.mark.parametrize("window", [(0, 0), (1, 0), (0, 1), (65, 0), (0, 65), (33, 31), (None, 1), (1, None)], ids=str)
+@pytest.mark.parametrize(
+    "window", [(0, 0), (1, 0), (0, 1), (65, 0), (0, 65), (33, 31), (None, 1), (1, None), (62, None)], ids=str
+)
 def test_bands_that_end_where_a_tile_does(window: tuple[int, int], device: str, dtype: str) -> None:
-    """The first or last of the rows that see a key, or keys that a row sees, is alone in a tile of 32, 64 or 128."""
+    """The first or last of the rows that see a key, or keys that a row sees, is alone in a tile of 32, 64 or 128; or
+    all but one are."""
     for head_dim in (16, 136):
         case = Case("edge", num_heads_kv=1, seqlen_q=150, seqlen_k=140, head_dim=head_dim, options={"window": window})
         check(*make(case, dtype, device=device))
@@ -462,12 +465,12 @@ def test_plan() -> None:
     made = shapes_only(batch=3, num_heads_q=8, num_heads_kv=2, seqlen_q=100, seqlen_k=300)
     status, plan = capi.backward_plan(made, capi.cpu_device(isa=0, num_threads=4))
     assert (status, plan.block_m, plan.block_n, plan.num_splits, plan.slow) == (OK, 64, 128, 1, 0)
-    assert plan.grid == 3 * 2 * 3, "a task is a block of keys of one key/value head"
+    assert plan.num_tiles == 3 * 2 * 3, "a task is a block of keys of one key/value head"
     assert plan.num_threads == 4
     assert flashcore.kernels()[plan.kernel].name == "cpu_baseline"
     assert plan.workspace_bytes % 64 == 0
     made.forward.contents.attn_mask = made.dbias = _tensor(capi.FLOAT32, 0, 0, 300, 1)
-    assert capi.backward_plan(made, capi.cpu_device())[1].grid == 3, "what dbias sums over is walked in one task"
+    assert capi.backward_plan(made, capi.cpu_device())[1].num_tiles == 3, "what dbias sums over is walked in one task"
     made.forward.contents.kernel = b"cpu_avx512"
     made.forward.contents.block_m = 48
     status, plan = capi.backward_plan(made, capi.cpu_device())

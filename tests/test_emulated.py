@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import capi
 import cases
 import emulated
 import numpy as np
@@ -90,14 +89,14 @@ def test_every_row(row: list[str]) -> None:
         if mask == "general":
             options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4), "softcap": 5.0}
             options |= {"alibi_slopes": np.float32([0.5, 0.1])}
-        plans: list[capi.Plan] = []
+        launches: list[emulated.Launch] = []
         result = emulated.attention(
-            emulated.library(family), q, k, v, kernel=kernel, num_sms=132, plans=plans, **options
+            emulated.library(family), q, k, v, kernel=kernel, num_sms=132, launches=launches, **options
         )
         if result is None:
             assert family == "hopper_short" and keys * d > 30_000, "no more than that fits"
             continue
-        splits.update(plan.num_splits for plan in plans)
+        splits.update(launch.plan.num_splits for launch in launches)
         reference.expect(q, k, v, **options).check(*result)
     assert splits == {1} if family == "hopper" else max(splits) >= 4
 
@@ -145,14 +144,28 @@ def test_blocks_without_a_tile(heads: int, keys: int, splits: int, options: dict
     q, k, v = _qkv(130, keys, 64, heads=heads, heads_kv=1)
     if "attn_mask" in options:
         options = {"attn_mask": np.arange(keys).reshape(1, 1, 1, keys) % 5 != 3}
-    plans: list[capi.Plan] = []
+    launches: list[emulated.Launch] = []
     result = emulated.attention(
-        emulated.library("hopper_short"), q, k, v, kernel=b"hopper_short", num_sms=11, plans=plans, **options
+        emulated.library("hopper_short"), q, k, v, kernel=b"hopper_short", num_sms=11, launches=launches, **options
     )
     assert result is not None
     reference.expect(q, k, v, **options).check(*result)
-    (plan,) = plans
-    assert (plan.num_splits, plan.num_blocks, plan.blocks_per_sm > 1) == (splits, 11 // splits * splits, True)
+    (launch,) = launches
+    plan = launch.plan
+    assert (plan.num_splits, plan.num_blocks, launch.blocks_per_sm > 1) == (splits, 11 // splits * splits, True)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dim_v", [40, 44])
+def test_nothing_behind_outs_columns_is_written(hopper: Any, dim_v: int, options: dict[str, Any]) -> None:
+    """In rows that begin at whole 16 bytes and need not end there."""
+    q, k, v = _qkv(500, 200, 48)
+    v = v[..., :dim_v]
+    around = np.full((1, 2, 500, 64), 777, np.float16)
+    result = hopper(q, k, v, out=around[..., :dim_v], num_sms=2, **options)
+    assert result is not None
+    reference.expect(q, k, v, **options).check(*result)
+    assert (around[..., dim_v:] == 777).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (70, 3)}, {"softcap": 5.0}], ids=str)
@@ -168,15 +181,15 @@ def test_many_tiles_for_each_block(hopper: Any, dim: int, rows: int, keys: int, 
 def test_groups_of_heads_that_alternate(rows: int, tile: str, options: dict[str, Any]) -> None:
     """Where that deals tiles more evenly: in every other group of heads the first rows come first."""
     q, k, v = _qkv(rows, rows, 64, heads=7, heads_kv=7)
-    plans: list[capi.Plan] = []
+    launches: list[emulated.Launch] = []
     options = options | {"is_causal": True}
     result = emulated.attention(
-        emulated.library("hopper"), q, k, v, kernel=f"hopper_float16_d64_{tile}".encode(), num_sms=2, plans=plans,
+        emulated.library("hopper"), q, k, v, kernel=f"hopper_float16_d64_{tile}".encode(), num_sms=2, launches=launches,
         **options,
     )  # fmt: skip
     assert result is not None
     reference.expect(q, k, v, **options).check(*result)
-    assert [(plan.num_groups, plan.groups_alternate) for plan in plans] == [(7, 1)]
+    assert [(launch.num_groups, launch.groups_alternate) for launch in launches] == [(7, True)]
 
 
 def _padding(keys: int) -> Array:

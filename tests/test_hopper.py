@@ -603,7 +603,7 @@ def embed(x: Any, fill: float) -> tuple[Any, Any]:
 
 
 @every_dtype
-@pytest.mark.parametrize("dim", [40, 64, 72, 128, 136, 256])
+@pytest.mark.parametrize("dim", [40, 44, 64, 72, 128, 136, 256])
 @every_class
 def test_nothing_beyond_the_arrays_is_read_or_written(word: str, dim: int, dtype: str) -> None:
     for rows, keys in ((1, 1), (70, 130), (193, 257)):
@@ -650,6 +650,7 @@ def test_out_of_any_strides(name: str, dim_v: int, word: str, dtype: str) -> Non
     "dim,tile",
     [
         (40, (192, 128)),
+        (44, (192, 128)),
         (64, (256, 64)),
         (64, (128, 128)),
         (72, (192, 64)),

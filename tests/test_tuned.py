@@ -68,6 +68,7 @@ WINDOW = {"flags": capi.WINDOW_LEFT | CAUSAL, "window_left": 63}
         ({"flags": CAUSAL}, {"flags": CAUSAL | capi.LOWER_RIGHT}),  # the same where the lengths are
         ({"flags": CAUSAL, "seqlen_q": 1, "seqlen_k": 1}, {"seqlen_q": 1, "seqlen_k": 1}),  # hides nothing
         ({"flags": capi.SCALE, "scale": 3.0}, {}),
+        ({"flags": capi.SCALE, "scale": 1e-300}, {"flags": capi.SCALE, "scale": 0.0}),  # the same in float32
         ({"flags": capi.DETERMINISTIC}, {}),
         ({"kernel": b"cpu"}, {}),
         (WINDOW, {**WINDOW, "window_left": 50}),
@@ -141,7 +142,7 @@ def test_a_class_in_words() -> None:
 
 def test_the_class_of_what_is_wrong() -> None:
     number = ctypes.c_uint64(7)
-    problem = cpu(head_dim=300)
+    problem = cpu(head_dim=0)
     assert capi.library().fc_attention_class(ctypes.byref(problem), ctypes.byref(number), None, 0) == INVALID
     assert number.value == 7
     assert capi.library().fc_attention_class(ctypes.byref(cpu()), None, None, 0) == INVALID
@@ -184,7 +185,7 @@ def test_candidates_on_hopper(fields: dict[str, Any]) -> None:
         one = capi.shapes_only(**fields, kernel=KERNELS[plan.kernel].encode(), block_m=plan.block_m)
         status, again = capi.plan(one, HOPPER)
         assert status == OK
-        assert (again.block_n, again.grid, again.num_blocks) == (plan.block_n, plan.grid, plan.num_blocks)
+        assert (again.block_n, again.num_tiles, again.num_blocks) == (plan.block_n, plan.num_tiles, plan.num_blocks)
 
 
 @needs_hopper_build
@@ -205,13 +206,13 @@ def test_candidates_of_what_nothing_serves() -> None:
 @needs_x86
 @pytest.mark.parametrize("capacity", [0, 1, 2])
 def test_candidates_for_which_there_is_no_room(capacity: int) -> None:
-    plans = (Plan * 3)(*[Plan(struct_size=ctypes.sizeof(Plan), grid=123) for _ in range(3)])
+    plans = (Plan * 3)(*[Plan(struct_size=ctypes.sizeof(Plan), num_tiles=123) for _ in range(3)])
     count = ctypes.c_int32()
     status = capi.library().fc_attention_candidates(
         ctypes.byref(cpu()), ctypes.byref(AVX512), plans, capacity, ctypes.byref(count)
     )
     assert (status, count.value) == (OK, 3)
-    assert [plan.grid == 123 for plan in plans] == [i >= capacity for i in range(3)]
+    assert [plan.num_tiles == 123 for plan in plans] == [i >= capacity for i in range(3)]
 
 
 def test_candidates_of_bad_arguments() -> None:
@@ -420,8 +421,8 @@ def test_measuring_computes_too() -> None:
 
 def test_measuring_is_per_call() -> None:
     problem, _keep = arrays()
-    fastest = {calls: min(measure(problem, calls)[1] for _ in range(20)) for calls in (2, 200)}
-    assert 0.2 < fastest[2] / fastest[200] < 5
+    fastest = {calls: min(measure(problem, calls)[1] for _ in range(50)) for calls in (2, 40)}  # both soon over
+    assert 0.2 < fastest[2] / fastest[40] < 5
 
 
 @pytest.mark.parametrize("num_calls", [-1, 0, 10_001])
@@ -433,7 +434,7 @@ def test_calls_that_cannot_be_measured(num_calls: int) -> None:
 
 def test_measuring_what_is_wrong() -> None:
     problem, _keep = arrays()
-    problem.head_dim = 300
+    problem.head_dim = 0
     assert measure(problem, 1) == (INVALID, -1.0)
     problem, _keep = arrays()
     problem.device_type = 9

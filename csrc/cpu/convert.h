@@ -28,13 +28,15 @@ static inline float float_from_bits(uint32_t bits)
     return value;
 }
 
-/* Moves exponent and mantissa to their places and corrects the bias, 127 - 15 = 112, by a multiplication, which also
- * normalizes subnormals. An all-ones exponent would come out as 143, so it is set. */
+/* Moves exponent and mantissa to their places and corrects the bias, 127 - 15 = 112. An all-ones exponent would come
+ * out as 143, so it is set; a subnormal is a whole number of 2^-24. No step has a subnormal float, which a caller's
+ * mode may take for zero. */
 static inline float half_to_float(uint16_t half)
 {
     uint32_t magnitude = half & 0x7fffu;
-    uint32_t bits = float_bits(float_from_bits(magnitude << 13) * 0x1p112f);
+    uint32_t bits = (magnitude << 13) + (112u << 23);
     bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0;
+    if (magnitude < 0x0400u) bits = float_bits((float)(int32_t)magnitude * 0x1p-24f);
     return float_from_bits(bits | (uint32_t)(half & 0x8000u) << 16);
 }
 

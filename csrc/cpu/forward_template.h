@@ -497,7 +497,7 @@ static fc_status forward(const fc_forward_args *args, const fc_plan *plan)
     if (args->num_heads_kv == 0) return FC_OK;
     struct forward_job job = {.args = args, .group = args->num_heads_q / args->num_heads_kv};
     job.tiles_per_head = round_up(job.group * args->seqlen_q, BLOCK_M) / BLOCK_M;
-    fc_cpu_run(forward_task, &job, plan->grid, plan->num_threads, fc_cpu_threads_to_wake(args, plan));
+    fc_cpu_run(forward_task, &job, plan->num_tiles, plan->num_threads, fc_cpu_threads_to_wake(args, plan));
     if (atomic_load(&job.out_of_memory))
         return fc_fail(FC_OUT_OF_MEMORY,
                        "no memory for the CPU kernel's scratch (under 1 MiB a thread): free some, or lower num_threads "

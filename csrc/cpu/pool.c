@@ -234,10 +234,11 @@ static _Thread_local struct {
     uint64_t bytes;
 } scratch;
 static pthread_key_t scratch_key;
+static bool has_scratch_key; /* a process has some 1,000 keys; without one, scratch outlives its thread */
 
 static void make_scratch_key(void)
 {
-    pthread_key_create(&scratch_key, free);
+    has_scratch_key = pthread_key_create(&scratch_key, free) == 0;
 }
 
 void *fc_cpu_scratch(uint64_t bytes)
@@ -249,7 +250,7 @@ void *fc_cpu_scratch(uint64_t bytes)
     free(scratch.data);
     scratch.bytes = 0;
     if (posix_memalign(&scratch.data, 64, bytes) != 0) scratch.data = NULL;
-    pthread_setspecific(scratch_key, scratch.data);
+    if (has_scratch_key) pthread_setspecific(scratch_key, scratch.data);
     if (scratch.data) scratch.bytes = bytes;
     return scratch.data;
 }

@@ -591,7 +591,7 @@ PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_arg
     returned =
         Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:L,s:L,s:K,s:I,s:s}", "kernel", fc_kernel_name(plan.kernel), "block_m",
                       plan.block_m, "block_n", plan.block_n, "num_splits", plan.num_splits, "num_threads",
-                      plan.num_threads, "num_tiles", (long long)plan.grid, "num_calls", (long long)num_calls,
+                      plan.num_threads, "num_tiles", (long long)plan.num_tiles, "num_calls", (long long)num_calls,
                       "workspace_bytes", (unsigned long long)plan.workspace_bytes, "slow", plan.slow, "reason", text);
     if (returned != NULL && fc_add_choices(returned, &call.problem, &plan) != 0) Py_CLEAR(returned);
 done:

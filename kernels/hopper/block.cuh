@@ -57,10 +57,10 @@ constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGR
 /* As many stages of keys and values as fit, at most 4; where one more tile fits, of keys, which are asked for first.
  * Two of query where three of the others still fit. */
 using fc::at, fc::KEY_BYTES, fc::QUERY_BYTES, fc::SLABS;
-constexpr int SMEM_BYTES = 227 * 1024, BARRIER_BYTES = 1024; /* at most, with the other small things */
+constexpr int BARRIER_BYTES = 1024; /* at most, with the other small things */
 constexpr int MASK_STAGES = MASK == mask_class::unbiased && WARPGROUPS == 3 ? 3 : 4;        /* of bools, the smallest */
 constexpr int MASK_BYTES = HAS_MASKS ? MASK_STAGES * fc::mask_tile_bytes<64>(FC_BOOL) : 16; /* a warpgroup's */
-constexpr int ROOM = SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
+constexpr int ROOM = FC_HOPPER_BLOCK_SMEM_BYTES - BARRIER_BYTES - WARPGROUPS * MASK_BYTES;
 constexpr int QUERY_STAGES = 2 * QUERY_BYTES + 6 * KEY_BYTES <= ROOM ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (ROOM - QUERY_STAGES * QUERY_BYTES) / (2 * KEY_BYTES);
 constexpr int VALUE_STAGES = STAGES_THAT_FIT < 4 ? STAGES_THAT_FIT : 4;
@@ -98,7 +98,7 @@ struct shared_memory {
     uint64_t mask_empty[WARPGROUPS][MASK_STAGES];
     uint32_t unused; /* fc::prefetch_params */
 };
-static_assert(sizeof(shared_memory) <= SMEM_BYTES, "a block's share");
+static_assert(sizeof(shared_memory) <= FC_HOPPER_BLOCK_SMEM_BYTES, "a block's share");
 
 /* Out's rows go to memory by way of shared memory: over those of query, which are done with, where a second stage has
  * the next tile's meanwhile; elsewhere through a stage of values, which the copying thread leaves free behind a tile's

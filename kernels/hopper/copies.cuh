@@ -19,7 +19,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
-    uint32_t turn = 0;
+    uint32_t round = 0;
     bool first = true;
     fc::tile_work work = {};
     /* A stage that out is to go through, behind the tile's last; of values it need not be there before the next tile's
@@ -61,7 +61,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
                       work.head_kv, work.batch);
         stages.next();
     };
-    for (; fc::next_tile(params.schedule, turn, work); first = false) {
+    for (; fc::next_tile(params.schedule, round, work); first = false) {
         if (work.first == work.end) continue; /* the rows see no key */
         if (HAS_MASKS) {
             __syncwarp();
@@ -100,7 +100,7 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
     constexpr int NUM_STAGES = num_mask_stages(M::dtype);
     const int lane = threadIdx.x % 32;
     ring<MASK_STAGES> started, told;
-    uint32_t turn = 0;
+    uint32_t round = 0;
     fc::tile_work work = {};
     const auto has_room = [&] {
         const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
@@ -123,7 +123,7 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
         if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_told[warpgroup][told.stage]));
         told.next(NUM_STAGES);
     };
-    while (fc::next_tile(params.schedule, turn, work)) {
+    while (fc::next_tile(params.schedule, round, work)) {
         if (work.first < work.end)
             fc::narrow<T>(work, smem.shown[1 + warpgroup], params.args.attn_mask, *params.mask, params.schedule);
         const fc::rows_view view(params.schedule, work, warpgroup);
@@ -144,9 +144,9 @@ static __device__ __forceinline__ void store_out(const forward_params &params, s
     /* The room's barrier waits for the warps whose rows lie there; for a stage that is one warpgroup's, for all. */
     constexpr int ARRIVALS = OUT_IN_KEYS ? 4 * WARPGROUPS : 4;
     ring<1> outs;
-    uint32_t turn = 0;
+    uint32_t round = 0;
     fc::tile_work work = {};
-    while (fc::next_tile(params.schedule, turn, work)) {
+    while (fc::next_tile(params.schedule, round, work)) {
         if (work.first == work.end) continue; /* written by the warpgroup itself */
 #pragma unroll 1
         for (int w = storer; w < WARPGROUPS; w += STORING_THREADS) {

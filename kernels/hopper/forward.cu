@@ -213,9 +213,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
 
     if (warpgroup == WARPGROUPS - 1) end_turn(); /* warpgroup 0 begins */
 
-    uint32_t turn = 0;
+    uint32_t round = 0;
     fc::tile_work work;
-    while (fc::next_tile(params.schedule, turn, work)) {
+    while (fc::next_tile(params.schedule, round, work)) {
         const bool has_query = work.first < work.end;
         if (has_query) wait_for(smem.query_full[part], queries);
         if (has_query && HAS_MASKS) {
@@ -455,19 +455,19 @@ static __global__ __launch_bounds__(THREADS,
     }
 }
 
-extern "C" int FC_NAME(forward)(const fc_forward_args *given, const fc_plan *plan, void *workspace, void *stream)
+extern "C" int FC_NAME(forward)(const fc_forward_args *given, const fc_launch *launch, void *workspace, void *stream)
 {
     fc_forward_args args = *given;
     cudaError_t error = cudaSuccess;
     if constexpr (HAS_MASKS) {
-        if (plan->workspace_bytes > 0) error = fc::align_mask<MASK>(&args, workspace, stream);
+        if (launch->plan.workspace_bytes > 0) error = fc::align_mask<MASK>(&args, workspace, stream);
     }
     forward_params params = {
-        {}, {}, {}, args, fc::schedule(args, *plan), fc::option_params(args), should_take_turns(args), {}, {}};
+        {}, {}, {}, args, fc::schedule(args, *launch), fc::option_params(args), should_take_turns(args), {}, {}};
     if (error == cudaSuccess) error = fc::make_tensor_maps(&params.query, &params.key, &params.value, args, QUERY_ROWS);
-    if (error == cudaSuccess && COPIES_OUT) error = fc::make_out_map(params.out, args, *plan);
+    if (error == cudaSuccess && COPIES_OUT) error = fc::make_out_map(params.out, args, launch->plan);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, args, 64);
     if (error != cudaSuccess) return error;
     return fc::launch<FC_NAME(forward_kernel)>(
-        {plan->num_blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory), 1, true}, stream, params);
+        {launch->plan.num_blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory), 1, true}, stream, params);
 }

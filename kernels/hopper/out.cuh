@@ -32,7 +32,7 @@ struct out_map {
 };
 static cudaError_t make_out_map(out_map *out, const fc_forward_args &args, const fc_plan &plan)
 {
-    out->is_mapped = plan.grid > 2 * plan.num_blocks && args.head_dim_v % 8 == 0 && fc_hopper_maps(&args.out);
+    out->is_mapped = plan.num_tiles > 2 * plan.num_blocks && args.head_dim_v % 8 == 0 && fc_hopper_maps(&args.out);
     if (!out->is_mapped) return cudaSuccess;
     return make_tensor_map(&out->map, args.out, args.head_dim_v, args.seqlen_q, args.num_heads_q, args.batch,
                            {128, 64});

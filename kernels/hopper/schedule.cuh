@@ -1,7 +1,7 @@
 /*
  * schedule.cuh - which tile of the output a block works on next, and which tiles of keys that one sees.
  *
- * As many blocks as the GPU has multiprocessors share the tiles, dealt out like cards in turns of opposite
+ * As many blocks as the GPU has multiprocessors share the tiles, dealt out like cards in rounds of opposite
  * direction: 0 1 2 | 2 1 0 | ... with no counter in memory to fetch work from. Heads come in groups, the last of which
  * takes the rest, and in a group the rows of all heads count down together, or in every other one up. The planner
  * chooses the groups so that the blocks' loads come out even, and keys stay in the L2 cache meanwhile
@@ -38,13 +38,13 @@ struct schedule {
     int seqlen_q, seqlen_k, band_left, band_right;
     bool groups_alternate;
 
-    schedule(const fc_forward_args &args, const fc_plan &plan)
+    schedule(const fc_forward_args &args, const fc_launch &launch)
     {
-        const int64_t heads = args.batch * args.num_heads_q, at_once = plan.heads_at_once;
-        num_tiles = (uint32_t)plan.grid;
+        const int64_t heads = args.batch * args.num_heads_q, at_once = launch.heads_at_once;
+        num_tiles = (uint32_t)launch.plan.num_tiles;
         row_tiles = (uint32_t)((args.seqlen_q + BLOCK_M - 1) / BLOCK_M);
         group_tiles = (uint32_t)(at_once * row_tiles);
-        num_groups = (uint32_t)plan.num_groups;
+        num_groups = (uint32_t)launch.num_groups;
         by_group_tiles = fast_divisor(group_tiles);
         by_heads = fast_divisor(at_once);
         by_last_heads = fast_divisor(heads - (num_groups - 1) * at_once);
@@ -54,7 +54,7 @@ struct schedule {
         seqlen_k = (int)args.seqlen_k;
         band_left = clamp(args.band_left);
         band_right = clamp(args.band_right);
-        groups_alternate = plan.groups_alternate != 0;
+        groups_alternate = launch.groups_alternate;
     }
 
     static int clamp(int64_t x)
@@ -96,10 +96,10 @@ __device__ __forceinline__ tile_work find_work(const schedule &all, uint32_t til
     return work;
 }
 
-__device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &turn, tile_work &work)
+__device__ __forceinline__ bool next_tile(const schedule &all, uint32_t &round, tile_work &work)
 {
-    const uint32_t place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const uint32_t tile = turn++ * gridDim.x + place;
+    const uint32_t place = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const uint32_t tile = round++ * gridDim.x + place;
     if (tile >= all.num_tiles) return false; /* at the end, the assembler no longer sees that a warp's lanes agree */
     work = find_work(all, tile);
     return true;

@@ -63,58 +63,21 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
     return descriptor + (bytes >> 4);
 }
 
-/* The registers of d as the assembler counts and as the compiler binds them, eight at a time. */
-#define FC_D8    "%0, %1, %2, %3, %4, %5, %6, %7"
-#define FC_D16   FC_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FC_D24   FC_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define FC_D32   FC_D24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define FC_D40   FC_D32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define FC_D48   FC_D40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FC_D56   FC_D48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define FC_D64   FC_D56 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FC_D72   FC_D64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define FC_D80   FC_D72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define FC_D88   FC_D80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define FC_D96   FC_D88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define FC_D104  FC_D96 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define FC_D112  FC_D104 ", %104, %105, %106, %107, %108, %109, %110, %111"
-#define FC_D120  FC_D112 ", %112, %113, %114, %115, %116, %117, %118, %119"
-#define FC_D128  FC_D120 ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define FC_BIND8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define FC_BIND16                                                                                                      \
-    FC_BIND8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define FC_BIND24                                                                                                      \
-    FC_BIND16, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
-#define FC_BIND32                                                                                                      \
-    FC_BIND24, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define FC_BIND40                                                                                                      \
-    FC_BIND32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
-#define FC_BIND48                                                                                                      \
-    FC_BIND40, "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-#define FC_BIND56                                                                                                      \
-    FC_BIND48, "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
-#define FC_BIND64                                                                                                      \
-    FC_BIND56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define FC_BIND72                                                                                                      \
-    FC_BIND64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define FC_BIND80                                                                                                      \
-    FC_BIND72, "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-#define FC_BIND88                                                                                                      \
-    FC_BIND80, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
-#define FC_BIND96                                                                                                      \
-    FC_BIND88, "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
-#define FC_BIND104                                                                                                     \
-    FC_BIND96, "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]),           \
-        "+f"(d[103])
-#define FC_BIND112                                                                                                     \
-    FC_BIND104, "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]),      \
-        "+f"(d[111])
-#define FC_BIND120                                                                                                     \
-    FC_BIND112, "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),      \
-        "+f"(d[119])
-#define FC_BIND128                                                                                                     \
-    FC_BIND120, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]),      \
-        "+f"(d[127])
+/* d's registers as the assembler counts them: FC_TEN(1) is %10 to %19, FC_TEN() %0 to %9. */
+#define FC_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define FC_D30    FC_TEN() ", " FC_TEN(1) ", " FC_TEN(2)
+#define FC_D60    FC_D30 ", " FC_TEN(3) ", " FC_TEN(4) ", " FC_TEN(5)
+#define FC_D90    FC_D60 ", " FC_TEN(6) ", " FC_TEN(7) ", " FC_TEN(8)
+#define FC_D120   FC_D90 ", " FC_TEN(9) ", " FC_TEN(10) ", " FC_TEN(11)
+#define FC_D32    FC_D30 ", %30, %31"
+#define FC_D64    FC_D60 ", %60, %61, %62, %63"
+#define FC_D128   FC_D120 ", %120, %121, %122, %123, %124, %125, %126, %127"
+/* And as the compiler binds them. */
+#define FC_BIND4(i)   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FC_BIND16(i)  FC_BIND4(i), FC_BIND4(i + 4), FC_BIND4(i + 8), FC_BIND4(i + 12)
+#define FC_BIND32(i)  FC_BIND16(i), FC_BIND16(i + 16)
+#define FC_BIND64(i)  FC_BIND32(i), FC_BIND32(i + 32)
+#define FC_BIND128(i) FC_BIND64(i), FC_BIND64(i + 64)
 
 #define FC_PTX_float16              "f16"
 #define FC_PTX_bfloat16             "bf16"
@@ -134,7 +97,7 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
     template <int ACCUMULATE> __device__ __forceinline__ void wgmma_ss(float(&d)[D], uint64_t a, uint64_t b)           \
     {                                                                                                                  \
         asm volatile(FC_WGMMA_NAME(N) "{" FC_D##D "}, %" #C0 ", %" #C1 ", %" #C2 ", 1, 1, 0, 0;"                       \
-                     : FC_BIND##D                                                                                      \
+                     : FC_BIND##D(0)                                                                                   \
                      : "l"(a), "l"(b), "n"(ACCUMULATE)                                                                 \
                      : "memory");                                                                                      \
     }                                                                                                                  \
@@ -142,13 +105,12 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
     {                                                                                                                  \
         asm volatile(FC_WGMMA_NAME(N) "{" FC_D##D "}, {%" #C0 ", %" #C1 ", %" #C2 ", %" #C3 "}, %" #C4 ", %" #C5       \
                                                   ", 1, 1, 1;"                                                         \
-                     : FC_BIND##D                                                                                      \
+                     : FC_BIND##D(0)                                                                                   \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ACCUMULATE)                             \
                      : "memory");                                                                                      \
     }
 
-/* Tiles of 32, 64 and 128 keys; head_dims of 64, 128 and 256. */
-FC_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
+/* Tiles of 64 and 128 keys; head_dims of 64, 128 and 256. */
 FC_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 FC_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 FC_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)

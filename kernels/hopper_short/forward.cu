@@ -66,8 +66,7 @@ constexpr int NUMBERS = FC_HOPPER_SHORT_NUMBERS(BLOCK_N, HEAD_DIM, HAS_MASKS) + 
 constexpr bool OVERLAPS_P_V = WARPGROUPS == 1 && !HAS_MASKS && NUMBERS + 40 <= 65536 / THREADS / BLOCKS_THAT_FIT;
 
 /* As many tiles of keys and values as fit beside query. */
-constexpr int SMEM_BYTES = 227 * 1024;
-constexpr int MOST_TILES = (SMEM_BYTES - 1024 - QUERY_BYTES) / (2 * KEY_BYTES);
+constexpr int MOST_TILES = (FC_HOPPER_BLOCK_SMEM_BYTES - FC_HOPPER_SHORT_BARRIER_BYTES - QUERY_BYTES) / (2 * KEY_BYTES);
 
 /* Each warp copies its own sixteen rows of a mask, one tile at a time. */
 using mask_tiles = fc::mask_tiles<T, 16>;
@@ -81,6 +80,7 @@ struct shared_memory {
     alignas(1024) T::element query[SLABS][BLOCK_M][64];
     alignas(1024) key_and_value tiles[]; /* first + i of what the block sees, as many as the launch has room for */
 };
+static_assert(offsetof(shared_memory, query) == FC_HOPPER_SHORT_BARRIER_BYTES, "as the planner has it");
 
 struct forward_params {
     CUtensorMap query, key, value;
@@ -300,16 +300,14 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     rows.write_lse(args, work, row);
 }
 
-extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
+extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_launch *launch, void *, void *stream)
 {
-    const int num_tiles = (int)((args->seqlen_k + BLOCK_N - 1) / BLOCK_N), num_splits = plan->num_splits;
-    const int share = (num_tiles + num_splits - 1) / num_splits;
-    const int parts_offset = (int)(offsetof(shared_memory, tiles) + share * sizeof(key_and_value));
-    const int mask_offset = parts_offset + (int)fc_hopper_short_parts_bytes(HEAD_DIM, THREADS, num_splits);
-    const int used_bytes = mask_offset + WARPS * (int)fc_hopper_short_mask_bytes(&args->attn_mask, BLOCK_N);
-    /* So much that no more blocks fit. */
-    const int share_bytes = plan->blocks_per_sm > 0 ? FC_HOPPER_SM_SMEM_BYTES / plan->blocks_per_sm - 1024 : 0;
-    const fc::schedule schedule(*args, *plan);
+    const int num_splits = launch->plan.num_splits;
+    const fc_hopper_short_smem smem = fc_hopper_short_smem_of(args, HEAD_DIM, BLOCK_M, BLOCK_N, num_splits);
+    int smem_bytes = (int)smem.bytes;
+    if (launch->blocks_per_sm > 0) /* so much that no more blocks fit */
+        smem_bytes = std::max(smem_bytes, FC_HOPPER_SM_SMEM_BYTES / launch->blocks_per_sm - 1024);
+    const fc::schedule schedule(*args, *launch);
     forward_params params = {{},
                              {},
                              {},
@@ -318,13 +316,13 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan
                              fc::option_params(*args),
                              fc::fast_divisor(num_splits),
                              fc::joining(num_splits),
-                             parts_offset,
-                             mask_offset,
+                             (int)smem.parts_offset,
+                             (int)smem.mask_offset,
                              {}};
     cudaError_t error = fc::make_tensor_maps(&params.query, &params.key, &params.value, *args, BLOCK_M);
     if (error == cudaSuccess && HAS_MASKS) error = fc::make_mask_params(params.mask, *args, 16);
     if (error != cudaSuccess) return error;
-    return fc::launch<FC_NAME(forward_kernel)>(
-        {plan->num_blocks, THREADS, std::max(used_bytes, share_bytes), SMEM_BYTES, plan->num_splits, true}, stream,
-        params);
+    const fc::launch_shape shape = {launch->plan.num_blocks,    THREADS,    smem_bytes,
+                                    FC_HOPPER_BLOCK_SMEM_BYTES, num_splits, true};
+    return fc::launch<FC_NAME(forward_kernel)>(shape, stream, params);
 }

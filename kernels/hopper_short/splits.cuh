@@ -28,7 +28,7 @@ struct joining {
     int warps_each; /* of a rank that joins any */
 
     explicit joining(int num_splits)
-        : num_splits(num_splits), warps_each((int)fc_hopper_short_joined_warps(THREADS, num_splits))
+        : num_splits(num_splits), warps_each((int)fc_hopper_short_joined_warps(WARPS, num_splits))
     {
     }
     /* The rank that joins a warp's rows. */

@@ -260,11 +260,12 @@ static __device__ __forceinline__ owned_tile locate_owned(const fc_forward_args 
     return {tile / args.num_heads_kv, head_kv, head_kv * group, (head_kv + 1) * group, key_tile * BLOCK_M};
 }
 
-/* As many as registers and shared memory (227 KiB of sm_90's, of which a block costs one more) allow. A thread wants
- * registers for its sums, and 64 for operands, facts and addresses. */
+/* As many as registers and shared memory (of sm_90, which has the most, a block costs one more KiB) allow. A thread
+ * wants registers for its sums, and 64 for operands, facts and addresses. */
 constexpr int blocks_per_sm(int sums)
 {
-    const int by_registers = 65536 / (THREADS * (sums + 64)), by_memory = 227 * 1024 / (sizeof(shared_memory) + 1024);
+    const int by_registers = 65536 / (THREADS * (sums + 64)),
+              by_memory = FC_HOPPER_SM_SMEM_BYTES / (sizeof(shared_memory) + 1024);
     return by_registers < by_memory ? by_registers : by_memory;
 }
 constexpr int SCORES = ROWS * KEYS;

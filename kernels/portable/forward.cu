@@ -163,9 +163,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_SM) void FC_NAME(forward_kernel)(const __g
     }
 }
 
-extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_plan *plan, void *, void *stream)
+extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_launch *launch, void *, void *stream)
 {
     return fc::launch<FC_NAME(forward_kernel)>(
-        {plan->num_blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory)}, stream,
-        portable_params{*args, plan->grid});
+        {launch->plan.num_blocks, THREADS, sizeof(shared_memory), sizeof(shared_memory)}, stream,
+        portable_params{*args, launch->plan.num_tiles});
 }

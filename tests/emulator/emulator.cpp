@@ -183,18 +183,32 @@ template <class Launch> static int with_workspace(const fc_plan &plan, Launch la
     return -error;
 }
 
+static int check_and_plan(const fc_attention_problem *given, bool need_data, const fc_device *device,
+                          fc_forward_args *args, fc_launch *launch)
+{
+    fc_attention_problem problem;
+    const int status = fc_check(given, need_data, &problem, args);
+    return status == FC_OK ? fc_plan_forward(&problem, args, device, -1, launch) : status;
+}
+
+/* As fc_attention_plan, and what only a launcher is told. */
+extern "C" __attribute__((visibility("default"))) int fc_emulate_plan(const fc_attention_problem *given,
+                                                                      const fc_device *device, fc_launch *launch)
+{
+    fc_forward_args args;
+    return check_and_plan(given, false, device, &args, launch);
+}
+
 /* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or what
  * with_workspace() returns. */
 extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attention_problem *given,
-                                                                 const fc_device *device, fc_plan *plan)
+                                                                 const fc_device *device, fc_launch *launch)
 {
-    fc_attention_problem problem;
     fc_forward_args args;
-    int status = fc_check(given, true, &problem, &args);
-    if (status == FC_OK) status = fc_plan_forward(&problem, &args, device, -1, plan);
-    if (status != FC_OK || plan->grid == 0) return status;
-    return with_workspace(
-        *plan, [&](void *workspace) { return fc_kernels[plan->kernel].launcher(&args, plan, workspace, nullptr); });
+    const int status = check_and_plan(given, true, device, &args, launch);
+    if (status != FC_OK || launch->plan.num_tiles == 0) return status;
+    const auto launcher = fc_kernels[launch->plan.kernel].launcher;
+    return with_workspace(launch->plan, [&](void *workspace) { return launcher(&args, launch, workspace, nullptr); });
 }
 
 /* The same for fc_attention_backward. */
@@ -208,7 +222,7 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const 
     plan.struct_size = sizeof plan;
     int status = fc_check_backward(given, true, &problem, &forward, &args);
     if (status == FC_OK) status = fc_plan_backward(&problem, &forward, &args, device, &plan);
-    if (status != FC_OK || plan.grid == 0) return status;
+    if (status != FC_OK || plan.num_tiles == 0) return status;
     plan.num_blocks = std::min<int64_t>(plan.num_blocks, 7); /* each takes several tiles in turn */
 
     return with_workspace(
@@ -216,13 +230,13 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate_backward(const 
 }
 
 /* The planner's tables name kernels that are not in this library, too: these stand in for them. */
-#define STUB(name, args)                                                                                               \
-    extern "C" __attribute__((weak)) int name(const args *, const fc_plan *, void *, void *)                           \
+#define STUB(name, args, plan)                                                                                         \
+    extern "C" __attribute__((weak)) int name(const args *, const plan *, void *, void *)                              \
     {                                                                                                                  \
         return cudaErrorLaunchFailure;                                                                                 \
     }
 #define FC_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                                     \
-    STUB(fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_forward_args)
+    STUB(fc_##family##_forward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_forward_args, fc_launch)
 #define FC_BACKWARD_VARIANT(family, dtype, head_dim, mask, block_m, block_n, threads, arch)                            \
-    STUB(fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_backward_args)
+    STUB(fc_##family##_backward_##dtype##_d##head_dim##_##mask##_##block_m##x##block_n, fc_backward_args, fc_plan)
 #include "variants.def"
