@@ -60,7 +60,7 @@ def backward(
     results; dout and dlse (or None) are the gradients of these. wanted begins with a bool for each of the first six;
     the result is as long, and has their gradients, None where not wanted (nobody may want that of alibi_slopes). A
     gradient has its input's shape, dtype and, for torch tensors, order in memory. One batch dimension at most, which
-    query, key and value share. On the CPU.
+    query, key and value share.
 
     Raises what attention(...) would raise, and ValueError for arrays that do not fit it.
     """
@@ -68,8 +68,9 @@ def backward(
 def node_backward(ctx: Any, *grad_outputs: Any) -> Any:
     """The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse."""
 
-def kernels() -> list[str]:
-    """Names of the kernels in this build, in the planner's order."""
+def kernels() -> list[tuple[str, str, Literal["cpu", "cuda"], bool]]:
+    """(name, family, device, does a device of this machine run it) of each kernel of this build, in the planner's
+    order."""
 
 def device(type: Literal["cpu", "cuda"], id: int = 0, /) -> dict[str, Any]:
     """Facts of a device. Raises RuntimeError where there is none."""

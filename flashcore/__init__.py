@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from flashcore import _dynamo
-from flashcore._C import attention
-from flashcore._C import cuda_devices as _cuda_devices
-from flashcore._C import device as _device
-from flashcore._C import kernels as _kernel_names
+
+try:
+    from flashcore._C import attention
+except ModuleNotFoundError as error:
+    if error.name != "flashcore._C":
+        raise
+    raise ImportError(
+        f"{Path(__file__).parent} holds flashcore's source, which is not built there. `make build` builds it in place; "
+        "to import what pip installed instead, leave this folder, or run python -P"
+    ) from None
+from flashcore._C import kernels as _kernels
 from flashcore._C import plan as _plan
 from flashcore._C import version as __version__
 from flashcore.autotune import Candidate, Tuning, TuningCacheWarning, autotune
@@ -52,6 +59,7 @@ class Explanation:
     """What a call would run. Prints as a sentence."""
 
     kernel: str
+    family: str  # "cpu", "portable", "hopper" or "hopper_short"
     block_m: int  # query rows per tile
     block_n: int  # keys per tile
     num_splits: int
@@ -59,16 +67,11 @@ class Explanation:
     num_tiles: int
     num_calls: int  # of the kernel: more than 1 where batch dimensions do not fold into one stride
     workspace_bytes: int
-    copies: tuple[str, ...]  # operands that would be copied first
     slow: tuple[str, ...]  # why this is not the fast path; empty where it is
     tuned: bool  # autotune() chose, in this process or an earlier one; else the planner
     candidates: tuple[Candidate, ...]  # what could run it: the planner's own choice, then the others that serve it
     shape_class: str  # in words: what a tuned choice for it holds for
     reason: str
-
-    @property
-    def family(self) -> str:
-        return self.kernel.partition("_")[0]
 
     def __str__(self) -> str:
         calls = f" Batch dimensions that share no stride take {self.num_calls} calls." if self.num_calls > 1 else ""
@@ -86,7 +89,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     plan["slow"] = tuple(text for bit, text in _SLOW.items() if slow & bit)
     plan["candidates"] = tuple(Candidate(*each) for each in plan["candidates"])
     plan["shape_class"] = plan.pop("class_words")
-    return Explanation(copies=(), **plan)
+    return Explanation(**plan)
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,10 @@ class Kernel:
     device: str  # "cpu" or "cuda"
     usable: bool  # on this machine
 
-    @staticmethod
-    def _of(name: str, isa: int, capabilities: set[int]) -> Kernel:
-        family = name.partition("_")[0]
-        if family == "cpu":
-            usable = {"baseline": 0, "avx2": 1, "avx512": 2}[name.removeprefix("cpu_")] <= isa
-            return Kernel(name, family, "cpu", usable)
-        return Kernel(name, family, "cuda", 90 in capabilities if family == "hopper" else bool(capabilities))
-
 
 def kernels() -> list[Kernel]:
     """The kernels of this build, in the planner's order, and which of them this machine can run."""
-    isa = _device("cpu")["isa"]
-    capabilities = {_device("cuda", i)["compute_capability"] for i in range(_cuda_devices()[0])}
-    return [Kernel._of(name, isa, capabilities) for name in _kernel_names()]
+    return [Kernel(*each) for each in _kernels()]
 
 
 def library_path() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import platform
 import sys
 
@@ -23,7 +24,8 @@ def info() -> int:
     )
     print(f"library   {flashcore.library_path()}")
     print(f"built for {'CUDA architectures ' + _C.cuda_archs if _C.cuda_archs else 'the CPU alone'}")
-    print(f"CPU       {platform.machine()} with {ISA_WORDS[cpu['isa']]}, {cpu['num_threads']} threads")
+    threads = f"{cpu['num_threads']} thread{'s' * (cpu['num_threads'] != 1)}"
+    print(f"CPU       {platform.machine()} with {ISA_WORDS[cpu['isa']]}, {threads}")
     for i in range(count):
         gpu = _C.device("cuda", i)
         capability, driver = gpu["compute_capability"], gpu["driver_version"]
@@ -94,4 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `info | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -30,18 +30,25 @@ def _register() -> None:
 class _Watch(MetaPathFinder):
     """Lets the other finders find the tracer, and has it registered with as soon as it has run."""
 
+    is_asking = False
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != TRACER:
+        if name != TRACER or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.is_asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.is_asking = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_register(module: Any) -> None:
             run(module)
-            _register()
+            if self in sys.meta_path:  # what was only looked for, or failed, may be imported yet
+                sys.meta_path.remove(self)
+                _register()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

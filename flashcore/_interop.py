@@ -21,6 +21,11 @@ def library_of(array: Any) -> str:
     return "jax" if root in ("jax", "jaxlib") else root
 
 
+def is_writable(array: Any) -> bool:
+    """Whether the array's library lets anybody write to it; that an array is read-only, its capsule says."""
+    return library_of(array) != "jax"
+
+
 def stream_of(array: Any, device_id: int) -> int | None:
     """Handle of the stream that the array's library works on now (0: the legacy default), or None."""
     match library_of(array):

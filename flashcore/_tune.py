@@ -54,6 +54,8 @@ class Shape:
         for word in text.split(","):
             if found := re.fullmatch(r"([BSD])([1-9]\d*)|(H)([1-9]\d*)(?:/([1-9]\d*))?", word):
                 letter = found[1] or found[3]
+                if letter in sizes:
+                    raise CannotTune(f"{text!r} has {letter} twice; a shape is {GRAMMAR}")
                 sizes[letter] = int(found[2] or found[4])
                 sizes["K"] = int(found[5]) if found[5] else sizes.get("K", 0)
             elif word == "causal":
@@ -152,14 +154,14 @@ def _tune_all(shapes: list[Shape], device: str, again: bool) -> list[Tuning]:
     results = []
     begin = time.monotonic()
     for index, shape in enumerate(shapes):
-        q, k, v = inputs(shape, device)
         _say(f"[{index + 1}/{len(shapes)}, {time.monotonic() - begin:.0f} s] {shape.name}")
         try:
+            q, k, v = inputs(shape, device)
             if not again and flashcore.explain(q, k, v, is_causal=shape.is_causal).tuned:
                 _say("  known already; --again measures it anew")
                 continue
             results.append(flashcore.autotune(q, k, v, is_causal=shape.is_causal, progress=_say))
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, MemoryError, RuntimeError) as error:
             raise CannotTune(f"{shape.name}: {error}") from error
     return results
 

@@ -14,6 +14,7 @@ docs/tuning.md has the rest.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ SAMPLE_US = 2_000  # what a sample should take
 MOST_CALLS = 1_000  # in a sample: they become nodes of one CUDA graph
 ROUNDS = 9  # samples of each candidate that is left after the first look; odd, for the median
 NEAR = 1.25  # times the best of the first look: who is slower is out
+MOST_BYTES = 16 << 20  # of the cache file: an entry has some 500, and the library has room for 2,000
 ISA_WORDS = ("baseline instructions", "AVX2", "AVX-512")
 MARGIN = 1.01  # times: what the planner chooses stays unless it is beaten by more than noise
 
@@ -231,12 +233,22 @@ def _use(entry: dict[str, Any]) -> None:
     _C.add_tuned(*_key(entry), entry["kernel"])
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write, were it a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _read(path: Path) -> dict[Key, dict[str, Any]]:
     """The file's entries; none where there is no file. Raises OSError, and ValueError for what is no cache of ours."""
     try:
-        text = path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            text = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         return {}
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
     import json  # only where there is something to parse
 
     try:

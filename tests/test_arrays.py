@@ -13,6 +13,7 @@ from devices import fetch, same_bits, to_torch
 from reference import Array
 
 import flashcore
+from flashcore import _C
 
 
 def qkv(dtype: str = "float32", rows: int = 5, keys: int = 7) -> list[Array]:
@@ -52,6 +53,11 @@ def test_numpy_in_numpy_out(dtype: str) -> None:
     assert out.flags.owndata
     assert out.flags.writeable
     reference.assert_close(out, *arrays)
+
+
+def test_numpy_strides_of_single_things_mean_nothing() -> None:
+    row = np.ndarray((1, 1, 1, 16), np.float32, np.arange(16, dtype=np.float32), strides=(7, 7, 7, 4))
+    assert same_bits(flashcore.attention(row, row, row), row.copy())
 
 
 def test_numpy_read_only_inputs_are_fine() -> None:
@@ -254,7 +260,7 @@ def test_cuda_arrays_without_a_gpu() -> None:
         ({"strides": (1, 2, 3, 4)}, "strides"),
         ({"stream": 0}, "stream 0"),
         ({"stream": "main"}, "stream"),
-        ({"mask": object()}, "mask"),
+        ({"mask": ()}, "mask"),
     ],
     ids=str,
 )
@@ -271,7 +277,9 @@ def test_mixed_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "thing", [[[1.0]], 3.0, "abc", None, object(), np.float32(1), b"1", memoryview(b"1234")], ids=repr
+    "thing",
+    [[[1.0]], 3.0, "abc", None, object(), np.float32(1), b"1", memoryview(b"1234")],
+    ids=lambda x: type(x).__name__,
 )
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_what_is_no_array(name: str, thing: Any) -> None:
@@ -279,6 +287,20 @@ def test_what_is_no_array(name: str, thing: Any) -> None:
     arrays[name] = thing
     with pytest.raises(TypeError, match=rf"{name} .*allowed"):
         flashcore.attention(**arrays)
+
+
+# A result's memory, for kinds that cannot be written
+
+
+def test_a_buffer_gives_the_capsule_that_is_asked_for() -> None:
+    buffer = _C.Buffer((2, 3), "float32", -1)
+    for versions, word in (({}, '"dltensor"'), ({"max_version": (1, 0)}, '"dltensor_versioned"')):
+        assert word in repr(buffer.__dlpack__(**versions))
+
+
+def test_a_buffer_of_too_many_dimensions() -> None:
+    with pytest.raises(ValueError, match="cannot be"):
+        _C.Buffer((1,) * 17, "float32", -1)
 
 
 # out=
@@ -344,6 +366,20 @@ def test_out_overlapping_an_option_is_refused(option: str) -> None:
         flashcore.attention(*qkv(), out=out, **{option: extra})
 
 
+def test_out_running_backwards_into_an_input_is_refused() -> None:
+    rows = np.zeros((8, 16), np.float32)
+    with pytest.raises(ValueError, match="out shares memory with query"):
+        flashcore.attention(rows[:5], rows[:5].copy(), rows[:5].copy(), out=rows[7:2:-1])
+
+
+def test_out_beside_an_input_that_goes_on_in_the_next_row_is_refused() -> None:
+    """Of one buffer's rows the query has the last columns and, behind their end, the first of the next."""
+    buffer = np.zeros(9 * 32, np.float32)
+    query, out = buffer[24:-8].reshape(8, 32)[:, :16], buffer[32:].reshape(8, 32)[:, 4:20]
+    with pytest.raises(ValueError, match="out shares memory with query"):
+        flashcore.attention(query, query.copy(), query.copy(), out=out)
+
+
 def test_out_beside_an_input_in_one_buffer() -> None:
     """Interleaved, as fused projections are; nothing is shared."""
     query, key, value = qkv(keys=5)
@@ -361,6 +397,22 @@ def test_out_overlapping_itself_is_refused() -> None:
         out: Array = np.ndarray((2, 3, 5, 16), np.float32, base, strides=strides)
         with pytest.raises(ValueError, match=r"out.*(self-overlap|two elements)"):
             flashcore.attention(*qkv(), out=out)
+
+
+@pytest.mark.parametrize("ones", [(), (1,)], ids=["of batches that fold", "of others"])
+def test_out_overlapping_itself_by_batches_is_refused(ones: tuple[int, ...]) -> None:
+    q = np.zeros((2, 3, *ones, 5, 8), np.float32)
+    out = np.empty((1, *q.shape[1:]), np.float32)
+    with pytest.raises(ValueError, match="self-overlap"):
+        flashcore.attention(q, q, q, out=np.lib.stride_tricks.as_strided(out, q.shape, (0, *out.strides[1:])))
+
+
+def test_jax_arrays_are_not_written_to() -> None:
+    jnp = pytest.importorskip("jax.numpy", reason="these are JAX's rules")
+    q, out = np.ones((4, 8), np.float32), jnp.zeros((4, 8))
+    with pytest.raises(ValueError, match="out is read-only"):
+        flashcore.attention(q, q, q, out=out)
+    assert (out == 0).all()
 
 
 def test_refused_call_leaves_out_alone() -> None:

@@ -70,6 +70,19 @@ WHAT_RUNS = "e = flashcore.explain(q, q, q); print(e.kernel, e.tuned)"
 # What is chosen
 
 
+@pytest.mark.parametrize("how", ["pipe", "huge"])
+def test_a_cache_that_is_no_file_of_ours(how: str) -> None:
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if how == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.warns(TuningCacheWarning, match="is ignored: it (is no regular file|has more than 16 MiB)"):
+        module._load()
+
+
 @needs_choice
 def test_the_fastest_is_chosen_and_said() -> None:
     planned = flashcore.explain(Q, Q, Q)

@@ -99,6 +99,25 @@ def test_float32_is_ieee_whatever_pytorch_allows() -> None:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+@pytest.mark.parametrize("which", ["query", "attn_mask"])
+def test_batches_that_do_not_fold_may_be_aligned_otherwise(which: str) -> None:
+    """The second of two lies off the 16 bytes that the copy engine asks for: it takes another kernel, or a copy."""
+    arrays = dict(zip(("query", "key", "value"), (x.view(2, 2, 8, 128, 64) for x in qkv(4, 8, 128, 64)), strict=True))
+    arrays["attn_mask"] = torch.randn(2, 2, 8, 128, 128, device="cuda").half()
+    want = flashcore.attention(**arrays)
+    flat = arrays[which].flatten(1)
+    apart = torch.empty(2, flat.shape[1] + 4, device="cuda", dtype=torch.float16)[:, :-4]
+    arrays[which] = apart.copy_(flat).unflatten(1, arrays[which].shape[1:])
+    torch.testing.assert_close(flashcore.attention(**arrays), want, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("heads,rows,keys", [(1, 4, 600), (2, 128, 128), (3, 100, 1000)])
+def test_deterministic_rows_do_not_depend_on_the_batch(heads: int, rows: int, keys: int) -> None:
+    q, k, v = (qkv(200, heads, n, 64, seed=n)[0] for n in (rows, keys, keys))
+    few = flashcore.attention(q[:1], k[:1], v[:1], deterministic=True)
+    assert same_bits(flashcore.attention(q, k, v, deterministic=True)[:1], few)
+
+
 # Refusals
 
 
@@ -523,4 +542,7 @@ def test_slow_calls_can_be_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this architecture's fast kernels serve everything, or it has none")
     monkeypatch.setenv("FLASHCORE_SLOW", "error")
     with pytest.raises(RuntimeError, match="FLASHCORE_SLOW=error"):
+        flashcore.attention(q, k, v, attn_mask=mask, softcap=3.0)
+    monkeypatch.setenv("FLASHCORE_SLOW", "eror")
+    with pytest.raises(ValueError, match="FLASHCORE_SLOW=eror; allowed: error, warn, allow"):
         flashcore.attention(q, k, v, attn_mask=mask, softcap=3.0)

@@ -405,7 +405,7 @@ def test_attributes_that_raise(name: str, on_call: bool) -> None:
         flashcore.attention(q, Raises(name, RuntimeError("no"), on_call), v)
 
 
-@pytest.mark.parametrize("returned", [None, 1, "capsule", object(), (), b"dltensor"], ids=repr)
+@pytest.mark.parametrize("returned", [None, 1, "capsule", object(), (), b"dltensor"], ids=lambda x: type(x).__name__)
 def test_dlpack_returns_no_capsule(returned: Any) -> None:
     q, _, v = qkv()
 
@@ -450,7 +450,7 @@ LIES: list[tuple[str, Callable[[forge.Forgery], Any], str]] = [
     ("overflowing stride", lambda f: f.set_shape((2, 3, 4, 8), (2**62, 2**62, 8, 1)), "address"),
     ("least stride", lambda f: f.set_shape((2, 3, 4, 8), (-(2**63), 32, 8, 1)), "address"),
     ("odd offset", lambda f: setattr(f.tensor, "byte_offset", 1), "aligned"),
-    ("four lanes", lambda f: setattr(f.tensor.dtype, "lanes", 4), "lanes 4"),
+    ("four lanes", lambda f: setattr(f.tensor.dtype, "lanes", 4), "4 lanes"),
     ("int", lambda f: setattr(f.tensor.dtype, "code", 0), "int32"),
     ("unknown code", lambda f: setattr(f.tensor.dtype, "code", 99), "code 99"),
     ("24 bits", lambda f: setattr(f.tensor.dtype, "bits", 24), "float24"),

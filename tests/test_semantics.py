@@ -315,3 +315,17 @@ def test_deterministic_row_does_not_depend_on_its_batch(attention: Problem, opti
 def test_deterministic_is_the_same_function(attention: Problem) -> None:
     q, k, v = attention.qkv()
     reference.expect(q, k, v).check(attention(q, k, v, deterministic=True))
+
+
+def test_names_of_arguments_need_not_be_interned() -> None:
+    q, k, v = (np.random.default_rng(seed).standard_normal((1, 1, 6, 8), np.float32) for seed in range(3))
+    named = flashcore.attention(q, k, v, **{"".join(("is", "_causal")): True})
+    assert same_bits(named, flashcore.attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("sink", [np.nan, np.inf])
+def test_a_sink_that_is_no_number_is_not_lost(sink: float) -> None:
+    q, k, v = (np.random.default_rng(seed).standard_normal((1, 2, 6, 8), np.float32) for seed in range(3))
+    out, lse = flashcore.attention(q, k, v, sinks=np.float32([sink, 0]), return_lse=True)
+    assert np.isnan(out[:, 0]).all() and not np.isfinite(lse[:, 0]).any()
+    assert np.isfinite(out[:, 1]).all() and np.isfinite(lse[:, 1]).all()

@@ -158,6 +158,43 @@ def test_out_that_requires_grad() -> None:
 # Tensors that are not what they seem
 
 
+def test_autograd_sees_what_is_written_to_out() -> None:
+    """What it saved is not there any more: an error, as of torch's own functions, and no wrong gradient."""
+    q, k, v = qkv()
+    saved, weight = torch.ones_like(q), torch.ones_like(q).requires_grad_()
+    loss = (weight * saved).sum()
+    flashcore.attention(q, k, v, out=saved[:])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    out = torch.empty_like(q)
+    flashcore.attention(*(x.numpy() for x in (q, k, v)), out=out)
+    assert out._version == 1
+    with torch.inference_mode():
+        flashcore.attention(q, k, v, out=torch.empty_like(q))
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_a_number_that_requires_a_gradient(name: str) -> None:
+    """It would get none, and never learn."""
+    number = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(TypeError, match=f"{name} is a tensor that requires a gradient.*multiply query"):
+        flashcore.attention(*qkv(), **{name: number})
+    assert same_bits(flashcore.attention(*qkv(), scale=number.detach()), flashcore.attention(*qkv(), scale=0.5))
+
+
+def test_subnormal_halves_where_floats_have_none() -> None:
+    """torch may have the processor take subnormal floats for zero; halves that are subnormal make none."""
+    value = torch.full((1, 1, 4, 44), 3e-5, dtype=torch.float16)
+    zeros = torch.zeros(1, 1, 4, 8, dtype=torch.float16)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        for view in (value[..., :11], value[..., ::4]):
+            assert (flashcore.attention(zeros, zeros, view) == value[0, 0, 0, 0]).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*nested tensors.*")
 def test_other_layouts() -> None:
     q, k, v = qkv()

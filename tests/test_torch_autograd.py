@@ -138,6 +138,7 @@ SHAPES = {
     "broadcast_batch_of_four": ((3, 2, 4, 3), (1, 2, 5, 3), (3, 2, 5, 2)),
     "broadcast_batches_that_do_not_fold": ((2, 1, 2, 4, 3), (1, 3, 2, 5, 3), (3, 2, 5, 2)),
     "broadcast_heads": ((2, 1, 4, 3), (2, 3, 5, 3), (2, 1, 5, 2)),
+    "broadcast_heads_of_key": ((2, 3, 4, 3), (2, 1, 5, 3), (2, 3, 5, 2)),
 }
 
 

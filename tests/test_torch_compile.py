@@ -163,6 +163,18 @@ def test_inductor() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own look at what it traces
+def test_compiled_autograd() -> None:
+    """It traces the backward of a node that an eager call made."""
+    enable = pytest.importorskip("torch._dynamo.compiled_autograd")._enable
+    arrays = [x.requires_grad_() for x in qkv()]
+    gradients = torch.autograd.grad(flashcore.attention(*arrays).square().sum(), arrays)
+    with enable(torch.compile(backend="eager")):
+        flashcore.attention(*arrays).square().sum().backward()
+    for x, gradient in zip(arrays, gradients, strict=True):
+        torch.testing.assert_close(x.grad, gradient)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool) -> None:
     class Model(torch.nn.Module):
@@ -197,10 +209,15 @@ def test_refusals(options: dict[str, Any], error: type[Exception], words: str) -
         torch.compile(function, backend="eager", fullgraph=True)(q)
 
 
-@pytest.mark.parametrize("order", [("flashcore", "torch"), ("torch", "torch._dynamo", "flashcore")])
-def test_order_of_imports(order: tuple[str, ...]) -> None:
+FLASHCORE_FIRST = "import flashcore, torch"
+TRACER_FIRST = "import torch, torch._dynamo, flashcore"
+LOOKED_FOR = "import flashcore, torch, importlib.util; importlib.util.find_spec('torch._dynamo')"
+
+
+@pytest.mark.parametrize("imports", [FLASHCORE_FIRST, TRACER_FIRST, LOOKED_FOR])
+def test_order_of_imports(imports: str) -> None:
     program = (
-        "\n".join(f"import {name}" for name in order)
+        imports
         + """
 import sys
 assert "flashcore.torch" not in sys.modules or "torch._dynamo" in sys.modules

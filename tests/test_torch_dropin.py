@@ -128,6 +128,15 @@ def test_what_is_not_served_is_an_error_unless_asked(calls: list[str]) -> None:
     assert calls == ["pytorch"] * 3
 
 
+def test_a_head_dim_that_no_kernel_serves_goes_to_pytorch_if_asked() -> None:
+    x = torch.randn(1, 2, 4, 320)
+    with ft.install(fallback=True), pytest.warns(ft.FallbackWarning, match="head_dim is 320"):
+        ours = F.scaled_dot_product_attention(x, x, x)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(x, x, x))
+    with pytest.raises(NotImplementedError, match="head_dim is 320; allowed: 1 to 256"):
+        flashcore.attention(x, x, x)
+
+
 def test_compiled_under_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcore.torch import _call
 

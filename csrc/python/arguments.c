@@ -100,8 +100,26 @@ static int read_bool(const fc_arguments *arguments, enum fc_argument at, bool *v
     return truth < 0 ? -1 : 0;
 }
 
+/* As a number it would be one that learns nothing. */
+static bool requires_grad(PyObject *given)
+{
+    if (PyFloat_Check(given) || PyLong_Check(given)) return false;
+    PyObject *answer = PyObject_GetAttrString(given, "requires_grad");
+    bool does = answer == Py_True;
+    Py_XDECREF(answer);
+    PyErr_Clear();
+    return does;
+}
+
 static int read_double(const fc_arguments *arguments, enum fc_argument at, double *value)
 {
+    if (requires_grad(arguments->given[at])) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s is a tensor that requires a gradient, and flashcore computes none for it; pass a number, "
+                     "%s.item(), and to learn a scale multiply query by it",
+                     fc_argument_names[at], fc_argument_names[at]);
+        return -1;
+    }
     *value = PyFloat_AsDouble(arguments->given[at]);
     if (*value != -1.0 || !PyErr_Occurred()) return 0;
     if (PyErr_ExceptionMatches(PyExc_OverflowError)) {

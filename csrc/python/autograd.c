@@ -108,6 +108,10 @@ PyObject *fc_py_node_backward(PyObject *module, PyObject *const *args, Py_ssize_
         PyErr_SetString(PyExc_TypeError, "node_backward() takes autograd's ctx, dout, and dlse where lse was returned");
         return NULL;
     }
+    if (state->torch.tensor_type == NULL) {
+        PyErr_SetString(PyExc_TypeError, "node_backward() is for torch's autograd to call, and no tensor was seen yet");
+        return NULL;
+    }
     PyObject *ctx = args[0], *of_results[2] = {args[1], num_args == 3 ? args[2] : Py_None};
     PyObject *gradients = NULL, *by_op = NULL, *saved = PyObject_GetAttr(ctx, state->torch.name_saved_tensors);
     PyObject *wanted = saved == NULL ? NULL : PyObject_GetAttr(ctx, state->torch.name_needs_input_grad);
@@ -178,14 +182,11 @@ static int find_target(const fc_call *call, PyObject **target)
  * Slopes and sinks may stay in float32. The cast is torch's, so autograd sees it. */
 int fc_torch_autocast(fc_call *call)
 {
-    static const enum fc_operand operands[] = {FC_QUERY, FC_KEY, FC_VALUE, FC_MASK, FC_ALIBI, FC_SINKS};
-    static const enum fc_argument arguments[] = {FC_ARG_QUERY,     FC_ARG_KEY,          FC_ARG_VALUE,
-                                                 FC_ARG_ATTN_MASK, FC_ARG_ALIBI_SLOPES, FC_ARG_SINKS};
     PyObject *target;
     int error = find_target(call, &target);
     if (error != 0 || target == NULL) return error;
-    for (size_t i = 0; i < sizeof operands / sizeof operands[0] && error == 0; i++) {
-        enum fc_operand operand = operands[i];
+    for (int i = 0; i < FC_NUM_INPUTS && error == 0; i++) {
+        enum fc_operand operand = fc_inputs[i].operand;
         fc_array *array = &call->arrays[operand];
         if (!call->has[operand] || !array->kind.is_torch) continue;
         bool is_half = array->dtype == FC_FLOAT16 || array->dtype == FC_BFLOAT16;
@@ -197,7 +198,7 @@ int fc_torch_autocast(fc_call *call)
         PyObject *cast = PyObject_CallMethod(array->object, "to", "O", target);
         if (cast == NULL) error = -1;
         if (error != 0) continue;
-        call->casts[operand] = call->arguments.given[arguments[i]] = cast;
+        call->casts[operand] = call->arguments.given[fc_inputs[i].argument] = cast;
         fc_kind kind = array->kind;
         const char *name = array->name;
         kind.type = Py_TYPE(cast); /* of a Parameter, a Tensor */

@@ -32,9 +32,6 @@ typedef struct fc_gradients {
     bool has[NUM_ARRAYS];
     fc_tensor tensors[NUM_ARRAYS];
     PyObject *gradients[NUM_ARRAYS]; /* owned */
-    void *workspace;
-    fc_array workspace_array;
-    PyObject *workspace_object; /* owned; NULL: the library's memory */
 } fc_gradients;
 
 /* Where the array lies, as the library's tensor. */
@@ -120,35 +117,6 @@ static int make_gradients(fc_gradients *g, PyObject *wanted)
     return 0;
 }
 
-/* From the allocator of the gradients on a GPU, which knows streams and captures; from the library on the CPU. */
-static int make_workspace(fc_gradients *g, uint64_t bytes)
-{
-    const fc_attention_problem *forward = &g->call.problem;
-    if (bytes == 0) return 0;
-    if (forward->device_type == FC_CPU) {
-        fc_status status = fc_malloc(FC_CPU, 0, bytes, NULL, &g->workspace);
-        return status == FC_OK ? 0 : fc_raise_status(status);
-    }
-    int64_t count = (int64_t)(bytes / sizeof(float));
-    PyObject *finish = NULL;
-    if (fc_result_new(g->call.state, &g->call.arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, g->call.stream,
-                      &g->workspace_array, &g->workspace_object, &finish) != 0)
-        return -1;
-    Py_XDECREF(finish);
-    g->workspace = g->workspace_array.data;
-    return 0;
-}
-
-static void free_workspace(fc_gradients *g)
-{
-    if (g->workspace_object == NULL) {
-        fc_free(FC_CPU, 0, g->workspace, NULL);
-        return;
-    }
-    fc_array_release(&g->workspace_array);
-    Py_DECREF(g->workspace_object);
-}
-
 static int run(fc_gradients *g)
 {
     fc_attention_problem *forward = &g->call.problem;
@@ -170,10 +138,13 @@ static int run(fc_gradients *g)
     fc_plan plan = {.struct_size = sizeof plan};
     fc_status status = fc_attention_backward_plan(&problem, NULL, &plan);
     if (status != FC_OK) return fc_raise_status(status);
-    if (fc_report_slow(g->call.state, forward, &plan) != 0 || make_workspace(g, plan.workspace_bytes) != 0) return -1;
+    fc_workspace workspace;
+    if (fc_report_slow(g->call.state, forward, &plan) != 0) return -1;
+    if (fc_workspace_new(&g->call, plan.workspace_bytes, &workspace) != 0) return -1;
     Py_BEGIN_ALLOW_THREADS
-    status = fc_attention_backward(&problem, g->workspace, plan.workspace_bytes, g->call.stream);
+    status = fc_attention_backward(&problem, workspace.data, plan.workspace_bytes, g->call.stream);
     Py_END_ALLOW_THREADS
+    fc_workspace_free(&workspace);
     return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
@@ -232,8 +203,7 @@ PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num
     }
     fc_gradients g;
     memset(&g, 0, sizeof g);
-    g.call.state = PyModule_GetState(module);
-    g.call.below_dispatcher = true;
+    fc_call_begin(&g.call, PyModule_GetState(module), true);
     PyObject *const read[FIRST_GRADIENT] = {PyTuple_GetItem(args[0], SAVED_OUT), PyTuple_GetItem(args[0], SAVED_LSE),
                                             args[1], args[2]};
     int error = prepare(&g.call, args[0], args[4]);
@@ -250,7 +220,6 @@ PyObject *fc_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t num
         if (g.has[i]) fc_array_release(&g.arrays[i]);
         Py_XDECREF(g.gradients[i]);
     }
-    free_workspace(&g);
     fc_call_release(&g.call);
     return taken;
 }

@@ -2,7 +2,8 @@
  * binding.h - what the files of the CPython extension say to each other.
  *
  *   module.c     method table, module state
- *   call.c       attention(): route, run, return
+ *   attention.c  attention(): route, run, return
+ *   call.c       a call on its way: from arguments to a problem
  *   backward.c   backward(): the gradients of a call, for autograd
  *   arguments.c  from the vector call to a problem's options
  *   layout.c     shapes: leading batches, heads, broadcasting, folding; no Python objects in it
@@ -82,7 +83,7 @@ typedef struct fc_state {
         PyObject *tensor_type, *parameter_type, *strided;
         PyObject *is_grad_enabled, *is_any_autocast_enabled, *function_modes, *dispatch_modes, *functorch_level,
             *is_legacy_batched, *is_tracing;
-        PyObject *forward_ad, *get_num_threads;
+        PyObject *forward_ad, *increment_version, *get_num_threads;
         PyObject *empty_like, *empty_strided_cpu, *empty_strided_cuda, *current_device;
         PyObject *dtypes[FC_FLOAT64 + 1]; /* by FC_FLOAT16 and so on */
         PyObject *is_autocast_enabled, *get_autocast_dtype;
@@ -98,9 +99,10 @@ typedef struct fc_state {
 } fc_state;
 
 /* support.c */
-const char *fc_dtype_word(int32_t dtype); /* "float16" */
-int32_t fc_dtype_size(int32_t dtype);     /* bytes */
-int32_t fc_dtype_of_seed(int bits);       /* FC_NONE where a seed's integers are no such */
+const char *fc_dtype_word(int32_t dtype);             /* "float16" */
+int32_t fc_dtype_size(int32_t dtype);                 /* bytes */
+int32_t fc_dtype_of_seed(int bits);                   /* FC_NONE where a seed's integers are no such */
+const char *fc_allowed_dtypes(const fc_array *array); /* in words, for one that has another */
 dl_dtype fc_dtype_to_dl(int32_t dtype);
 int32_t fc_dtype_from_dl(dl_dtype dtype);                    /* FC_NONE for one that is not ours */
 PyObject *fc_interop(fc_state *state, const char *function); /* of flashcore/_interop.py; a new reference */
@@ -143,6 +145,8 @@ int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count);
 /* A gradient under autograd's is_grads_batched: its vmap is older than functorch, no level of it, and has no memory. */
 int fc_torch_is_legacy_batched(fc_state *state, PyObject *tensor);
 int fc_torch_grad_enabled(fc_state *state);
+/* As torch's own functions do of an out=. */
+int fc_torch_count_write(fc_state *state, PyObject *tensor);
 
 /* layout.c */
 typedef struct fc_geometry {
@@ -170,12 +174,24 @@ int fc_place(const fc_geometry *geometry, enum fc_operand operand, const fc_arra
              fc_batches *batches);
 void fc_fold(fc_batches *batches);
 bool fc_arrays_overlap(const fc_array *a, const fc_array *b);
+bool fc_overlaps_itself(const fc_array *array);
 void fc_format_shape(char *text, size_t size, int ndim, const int64_t *shape);
 
 /* result.c. Makes the array of the query's kind that will hold a result, and describes it in `array`.
  * *finish, where not NULL afterwards, is called after the work to give the object to return. */
 int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
                   const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish);
+
+/* Scratch memory for a call: on a GPU from the allocator of the query's library, which knows streams and captures; on
+ * the CPU from ours. May be freed as soon as the work is enqueued. */
+typedef struct fc_workspace {
+    void *data; /* NULL where no bytes are asked for */
+    PyObject *object;
+    fc_array array;
+} fc_workspace;
+struct fc_call;
+int fc_workspace_new(struct fc_call *call, uint64_t bytes, fc_workspace *workspace);
+void fc_workspace_free(fc_workspace *workspace);
 
 /* buffer.c */
 extern PyType_Spec fc_buffer_spec;
@@ -223,17 +239,16 @@ int fc_arguments_read(fc_state *state, PyObject *const *args, Py_ssize_t num_arg
 
 /* call.c */
 
-/* One call on its way: what was given, and what is made of it. */
+/* One call on its way: what was given, and what is made of it. fc_call_begin zeroes all but the arrays, of which each
+ * is written when it is imported: they are most of the struct's 5 KiB, and few are there. */
 typedef struct fc_call {
     fc_state *state;
     fc_arguments arguments;
-    fc_array arrays[FC_NUM_OPERANDS];
-    fc_array seed; /* dropout's */
     bool has[FC_NUM_OPERANDS];
     bool has_seed;
     bool any_torch;
     bool below_dispatcher; /* which has looked at tensors and modes already */
-    fc_torch_modes modes;  /* with modes.dispatch, nothing below is filled in: fc_torch_dispatch serves the call */
+    fc_torch_modes modes;  /* with modes.dispatch, nothing below is filled in: fc_torch_call serves the call */
     PyObject *casts[FC_NUM_OPERANDS]; /* autocast's copies, owned; each stands in arguments.given too */
     PyObject *drawn_seed;             /* owned; stands in arguments.given where the caller gave no dropout_seed */
     const char *gradient_of;          /* the first argument that requires a gradient, or NULL */
@@ -242,7 +257,18 @@ typedef struct fc_call {
     fc_geometry geometry;
     fc_batches batches;
     fc_attention_problem problem;
+    fc_array arrays[FC_NUM_OPERANDS]; /* last: see above */
+    fc_array seed;                    /* dropout's */
 } fc_call;
+
+void fc_call_begin(fc_call *call, fc_state *state, bool below_dispatcher);
+/* The arrays that a call reads but for dropout's seed, in the order of their import. */
+typedef struct fc_input {
+    enum fc_operand operand;
+    enum fc_argument argument;
+} fc_input;
+enum { FC_NUM_INPUTS = 6 };
+extern const fc_input fc_inputs[FC_NUM_INPUTS];
 
 int fc_raise_status(fc_status status); /* -1, with fc_last_error() raised */
 fc_tensor *fc_tensor_of(fc_attention_problem *problem, enum fc_operand operand);
@@ -257,7 +283,7 @@ void fc_call_release(fc_call *call);
 /* FLASHCORE_SLOW's say on a plan that is not the fast path: -1 with an exception, or a warning, which may be one. */
 int fc_report_slow(fc_state *state, const fc_attention_problem *problem, const fc_plan *plan);
 
-/* attention() and, below torch's dispatcher, forward(), which gives (out, lse). */
+/* attention.c: attention() and, below torch's dispatcher, forward(), which gives (out, lse). */
 PyObject *fc_py_attention(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);
 PyObject *fc_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names);

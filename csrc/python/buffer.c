@@ -108,6 +108,10 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keyword
         }
     }
     int major = 0, minor = 0;
+    if (max_version != Py_None && !PyTuple_Check(max_version)) {
+        PyErr_Format(PyExc_TypeError, "max_version is %R; allowed: a pair of ints, or None", max_version);
+        return NULL;
+    }
     if (max_version != Py_None && !PyArg_ParseTuple(max_version, "ii", &major, &minor)) return NULL;
     return export_capsule(b, major >= DL_MAJOR);
 }

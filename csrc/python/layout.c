@@ -185,7 +185,13 @@ int fc_place(const fc_geometry *g, enum fc_operand operand, const fc_array *arra
         full[nb + 2] = g->seqlen_k;
         ndim = nb + 3;
         fits = strides_over(array, ndim, full, strides);
-        if (!fits) return refuse_operand(array, "it must broadcast to (..., heads, rows, keys), here", ndim, full);
+        if (!fits)
+            return refuse_operand(array,
+                                  array->ndim == 2 && array->shape[1] == g->seqlen_k
+                                      ? "a mask of (batch, keys) is given as mask[:, None, None, :]; it must broadcast "
+                                        "to (..., heads, rows, keys), here"
+                                      : "it must broadcast to (..., heads, rows, keys), here",
+                                  ndim, full);
         for (int i = 1; i < 4; i++) tensor->strides[i] = strides[nb + i - 1];
         break;
     case FC_LSE:
@@ -245,6 +251,33 @@ static bool reach_of(const fc_array *array, int64_t *low, int64_t *high)
         if (__builtin_add_overflow(*end, span, end)) return false;
     }
     return true;
+}
+
+/* Exact for the layouts that arrays really have: by rising stride, each dimension must step over all that the ones
+ * before it reach. */
+bool fc_overlaps_itself(const fc_array *array)
+{
+    bool seen[FC_MAX_NDIM] = {false};
+    uint64_t reach = 0;
+    for (int done = 0; done < array->ndim; done++) {
+        int next = -1;
+        uint64_t least = 0;
+        for (int i = 0; i < array->ndim; i++) {
+            uint64_t step = array->strides[i] < 0 ? -(uint64_t)array->strides[i] : (uint64_t)array->strides[i];
+            if (seen[i] || (next >= 0 && step >= least)) continue;
+            next = i;
+            least = step;
+        }
+        seen[next] = true;
+        if (array->shape[next] == 0) return false;
+        if (array->shape[next] == 1) continue;
+        if (least <= reach) return true;
+        uint64_t span;
+        if (__builtin_mul_overflow((uint64_t)array->shape[next] - 1, least, &span) ||
+            __builtin_add_overflow(reach, span, &reach))
+            return false; /* the library refuses it */
+    }
+    return false;
 }
 
 /* The columns of an array within rows of `row` bytes: where they begin, and how many bytes they take. */

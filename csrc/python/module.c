@@ -66,13 +66,14 @@ PyDoc_STRVAR(
     "    An array of query's kind, dtype, device and layout, [..., num_heads_q, seqlen_q, head_dim_v]; with return_lse "
     "a pair.\n"
     "    On a GPU it is enqueued on the library's current stream, without synchronization.\n"
-    "    Of CPU torch tensors that require grad, it carries gradients: to query, key, value, a float attn_mask, "
-    "sinks.\n"
+    "    Of torch tensors that require grad, it carries gradients: to query, key, value, a float attn_mask, sinks. On "
+    "a GPU\n"
+    "    they come from portable kernels, which say so once.\n"
     "\n"
     "Raises:\n"
     "    TypeError: an argument of the wrong kind. ValueError: shapes, dtypes, strides, devices or options that do not "
     "fit.\n"
-    "    NotImplementedError: legal, but not served here or not yet (gradients on a GPU).\n"
+    "    NotImplementedError: legal, but not served here or not yet.\n"
     "    MemoryError, RuntimeError: out of memory; no such device, or CUDA reported an error.\n");
 
 PyDoc_STRVAR(measure_doc,
@@ -100,7 +101,7 @@ PyDoc_STRVAR(
     "results; dout and dlse (or None) are the gradients of these. wanted begins with a bool for each of the\n"
     "first six, and so does the result with its gradient, None where not wanted (nobody may want alibi_slopes').\n"
     "A gradient has its input's shape, dtype and, for torch tensors, order in memory. One batch dimension at\n"
-    "most, which query, key and value share. On the CPU.\n"
+    "most, which query, key and value share.\n"
     "\n"
     "Raises what attention(...) would raise, and ValueError for arrays that do not fit it.\n");
 
@@ -108,20 +109,33 @@ PyDoc_STRVAR(node_backward_doc,
              "node_backward(ctx, *grad_outputs)\n--\n\n"
              "The backward of flashcore.torch's autograd node, for autograd to call with dout and perhaps dlse.\n");
 
-/* Names of the kernels of this build, in the planner's order. */
+PyDoc_STRVAR(kernels_doc,
+             "kernels()\n--\n\n"
+             "(name, family, 'cpu' or 'cuda', does a device of this machine run it) of each kernel of this "
+             "build, in the\nplanner's order.\n");
+
+/* Does any device of this machine run the kernel? */
+static bool is_usable(int32_t kernel, int32_t device_type, int32_t num_devices)
+{
+    for (int32_t id = 0; id < num_devices; id++) {
+        fc_device facts = {.struct_size = sizeof facts};
+        if (fc_device_query(device_type, id, &facts) == FC_OK && fc_kernel_runs_on(kernel, &facts)) return true;
+    }
+    return false;
+}
+
 static PyObject *kernels(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
     PyObject *list = PyList_New(0);
-    if (list == NULL) return NULL;
-    for (int32_t i = 0; i < fc_kernel_count(); i++) {
-        PyObject *name = PyUnicode_FromString(fc_kernel_name(i));
-        int error = name == NULL ? -1 : PyList_Append(list, name);
-        Py_XDECREF(name);
-        if (error != 0) {
-            Py_DECREF(list);
-            return NULL;
-        }
+    for (int32_t i = 0, num_gpus = fc_cuda_device_count(); list != NULL && i < fc_kernel_count(); i++) {
+        const char *family = fc_kernel_family(i);
+        bool on_cpu = strcmp(family, "cpu") == 0;
+        bool usable = on_cpu ? is_usable(i, FC_CPU, 1) : is_usable(i, FC_CUDA, num_gpus);
+        PyObject *kernel =
+            Py_BuildValue("(sssO)", fc_kernel_name(i), family, on_cpu ? "cpu" : "cuda", usable ? Py_True : Py_False);
+        if (kernel == NULL || PyList_Append(list, kernel) != 0) Py_CLEAR(list);
+        Py_XDECREF(kernel);
     }
     return list;
 }
@@ -159,7 +173,7 @@ static PyMethodDef methods[] = {
     {"backward", (PyCFunction)(void (*)(void))fc_py_backward, METH_FASTCALL, backward_doc},
     {"forward", (PyCFunction)(void (*)(void))fc_py_forward, METH_FASTCALL | METH_KEYWORDS, forward_doc},
     {"node_backward", (PyCFunction)(void (*)(void))fc_py_node_backward, METH_FASTCALL, node_backward_doc},
-    {"kernels", kernels, METH_NOARGS, "kernels()\n--\n\nNames of the kernels in this build, in the planner's order."},
+    {"kernels", kernels, METH_NOARGS, kernels_doc},
     {"device", device, METH_VARARGS, "device(type, id=0, /)\n--\n\nFacts of a device, 'cpu' or 'cuda', as a dict."},
     {"cuda_devices", cuda_devices, METH_NOARGS, "cuda_devices()\n--\n\n(number of GPUs, the reason where it is 0)."},
     {"measure", (PyCFunction)(void (*)(void))fc_py_measure, METH_FASTCALL | METH_KEYWORDS, measure_doc},

@@ -60,8 +60,7 @@ static int read_seed_dtype(PyArray_Descr *descr, fc_array *array)
 {
     array->dtype = PyTypeNum_ISINTEGER(descr->type_num) ? fc_dtype_of_seed((int)PyDataType_ELSIZE(descr) * 8) : FC_NONE;
     if (array->dtype != FC_NONE) return 0;
-    PyErr_Format(PyExc_ValueError, "%s has dtype %S; allowed: two integers of 64 bits, or four of 32", array->name,
-                 descr);
+    PyErr_Format(PyExc_ValueError, "%s has dtype %S; allowed: %s", array->name, descr, fc_allowed_dtypes(array));
     return -1;
 }
 
@@ -88,9 +87,7 @@ static int read_dtype(fc_state *state, PyArray_Descr *descr, fc_array *array)
         array->dtype = FC_BFLOAT16;
         return 0;
     }
-    PyErr_Format(PyExc_ValueError,
-                 "%s has dtype %S; allowed: float16, float32, float64, ml_dtypes.bfloat16 (and bool for masks)",
-                 array->name, descr);
+    PyErr_Format(PyExc_ValueError, "%s has dtype %S; allowed: %s", array->name, descr, fc_allowed_dtypes(array));
     return -1;
 }
 

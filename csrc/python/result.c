@@ -1,5 +1,5 @@
 /*
- * result.c - arrays out, made by the allocator of the query's own kind.
+ * result.c - arrays out and scratch memory, made by the allocator of the query's own kind.
  *
  * torch makes a tensor like the query where that is the shape. It and others with DLPack's C exchange API allocate
  * through that, NumPy through its C API; the rest go through flashcore/_interop.py, where a few lines of Python per
@@ -174,4 +174,33 @@ int fc_result_new(fc_state *state, const fc_array *query, const char *name, int3
     }
     array->object = *object;
     return *object == NULL ? -1 : 0;
+}
+
+int fc_workspace_new(struct fc_call *call, uint64_t bytes, fc_workspace *workspace)
+{
+    workspace->data = NULL;
+    workspace->object = NULL;
+    if (bytes == 0) return 0;
+    if (call->problem.device_type == FC_CPU) {
+        fc_status status = fc_malloc(FC_CPU, 0, bytes, NULL, &workspace->data);
+        return status == FC_OK ? 0 : fc_raise_status(status);
+    }
+    int64_t count = (int64_t)((bytes + sizeof(float) - 1) / sizeof(float));
+    PyObject *finish = NULL;
+    if (fc_result_new(call->state, &call->arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, call->stream,
+                      &workspace->array, &workspace->object, &finish) != 0)
+        return -1;
+    Py_XDECREF(finish);
+    workspace->data = workspace->array.data;
+    return 0;
+}
+
+void fc_workspace_free(fc_workspace *workspace)
+{
+    if (workspace->object == NULL) {
+        fc_free(FC_CPU, 0, workspace->data, NULL);
+        return;
+    }
+    fc_array_release(&workspace->array);
+    Py_DECREF(workspace->object);
 }

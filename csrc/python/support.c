@@ -1,6 +1,8 @@
 /*
  * support.c - what every file of the extension leans on: facts of dtypes, and the way to flashcore/_interop.py.
  */
+#include <string.h>
+
 #include "binding.h"
 
 static const struct {
@@ -42,6 +44,15 @@ int32_t fc_dtype_from_dl(dl_dtype dtype)
 int32_t fc_dtype_of_seed(int bits)
 {
     return bits == 64 ? FC_FLOAT64 : bits == 32 ? FC_FLOAT32 : FC_NONE;
+}
+
+const char *fc_allowed_dtypes(const fc_array *array)
+{
+    if (array->is_seed) return "two integers of 64 bits, or four of 32";
+    if (strcmp(array->name, fc_argument_names[FC_ARG_ATTN_MASK]) == 0)
+        return "bool (True: attend), or query's dtype or float32, added to the score. A tokenizer's mask of 0 and 1, "
+               "(batch, keys), is mask.bool()[:, None, None, :] here";
+    return "float16, bfloat16, float32, float64";
 }
 
 PyObject *fc_interop(fc_state *state, const char *function)

@@ -6,12 +6,10 @@
  * then __dlpack__, then __cuda_array_interface__. Nothing that a producer says is trusted: counts, shapes, strides,
  * names and versions are checked before they are used, and every refusal names the argument.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "binding.h"
-
-#define ALLOWED_DTYPES "float16, bfloat16, float32, float64 (and bool for masks)"
-#define ALLOWED_SEEDS  "two integers of 64 bits, or four of 32"
 
 /* ---- which protocol ---- */
 
@@ -123,10 +121,12 @@ static int describe_dtype(fc_array *array, dl_dtype dtype)
     array->dtype = !array->is_seed ? fc_dtype_from_dl(dtype) : is_integer ? fc_dtype_of_seed(dtype.bits) : FC_NONE;
     if (array->dtype != FC_NONE) return 0;
     static const char *const words[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    PyErr_Format(PyExc_ValueError, "%s has dtype %s%d%s (DLPack code %d, lanes %d); allowed: %s", array->name,
-                 dtype.code < sizeof words / sizeof words[0] ? words[dtype.code] : "type", dtype.bits,
-                 dtype.lanes == 1 ? "" : " vector", dtype.code, dtype.lanes,
-                 array->is_seed ? ALLOWED_SEEDS : ALLOWED_DTYPES);
+    char given[64];
+    if (dtype.code < sizeof words / sizeof words[0] && dtype.lanes == 1)
+        snprintf(given, sizeof given, "%s%d", words[dtype.code], dtype.bits);
+    else
+        snprintf(given, sizeof given, "of DLPack code %d, %d bits, %d lanes", dtype.code, dtype.bits, dtype.lanes);
+    PyErr_Format(PyExc_ValueError, "%s has dtype %s; allowed: %s", array->name, given, fc_allowed_dtypes(array));
     return -1;
 }
 
@@ -300,11 +300,11 @@ static int import_dlpack(fc_array *array, void *stream, bool has_stream)
         if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
         PyErr_Clear();
         PyObject *name = PyType_GetQualName(Py_TYPE(array->object));
-        PyErr_Format(
-            PyExc_TypeError,
-            "%s is a %U, which names no device by __dlpack_device__; allowed: arrays that hold data (inside jax.jit or "
-            "jax.vmap there is none: call outside)",
-            array->name, name);
+        PyErr_Format(PyExc_TypeError,
+                     "%s is of type %U, which names no device by __dlpack_device__; allowed: arrays that hold data "
+                     "(inside jax.jit, "
+                     "jax.vmap and jax.grad there is none: call outside)",
+                     array->name, name);
         Py_XDECREF(name);
         return -1;
     }
@@ -379,7 +379,7 @@ static int cai_dtype(fc_array *array, PyObject *typestr)
         }
     PyErr_Format(PyExc_ValueError, "%s has typestr %R in its __cuda_array_interface__; allowed: %s", array->name,
                  typestr,
-                 array->is_seed ? ALLOWED_SEEDS
+                 array->is_seed ? fc_allowed_dtypes(array)
                                 : "'<f2', '<f4', '<f8', and '|b1' for masks (the interface has no bfloat16: use an "
                                   "array with __dlpack__)");
     return -1;
@@ -496,11 +496,11 @@ static int import_any(fc_state *state, const char *name, PyObject *object, const
         break;
     case FC_BY_NOTHING: {
         PyObject *type = PyType_GetQualName(Py_TYPE(object));
-        PyErr_Format(
-            PyExc_TypeError,
-            "%s is a %U, which is no array; allowed: torch, NumPy, CuPy and JAX arrays, and others with __dlpack__ or "
-            "__cuda_array_interface__",
-            name, type);
+        PyErr_Format(PyExc_TypeError,
+                     "%s is of type %U, which is no array; allowed: torch, NumPy, CuPy and JAX arrays, and others with "
+                     "__dlpack__ or "
+                     "__cuda_array_interface__",
+                     name, type);
         Py_XDECREF(type);
         break;
     }
@@ -523,8 +523,8 @@ int fc_array_import_seed(fc_state *state, const char *name, PyObject *object, co
     if (array->ndim == 1 && array->shape[0] * fc_dtype_size(array->dtype) == 16 && array->strides[0] == 1) return 0;
     char given[200];
     fc_format_shape(given, sizeof given, array->ndim, array->shape);
-    PyErr_Format(PyExc_ValueError, "%s has shape %s, of %d-byte integers; allowed: " ALLOWED_SEEDS ", contiguous", name,
-                 given, (int)fc_dtype_size(array->dtype));
+    PyErr_Format(PyExc_ValueError, "%s has shape %s, of %d-byte integers; allowed: %s, contiguous", name, given,
+                 (int)fc_dtype_size(array->dtype), fc_allowed_dtypes(array));
     fc_array_release(array);
     return -1;
 }

@@ -44,6 +44,7 @@ int fc_torch_load(fc_state *state, PyObject *torch)
         {&state->torch.is_legacy_batched, "_C._functorch.is_legacy_batchedtensor", true},
         {&state->torch.is_tracing, "_C._is_tracing", false},
         {&state->torch.forward_ad, "autograd.forward_ad", true},
+        {&state->torch.increment_version, "autograd.graph.increment_version", true},
         {&state->torch.get_num_threads, "get_num_threads", false},
         {&state->torch.empty_like, "empty_like", false},
         {&state->torch.empty_strided_cpu, "_C._dynamo.guards._empty_strided_cpu", true},
@@ -202,6 +203,14 @@ int fc_torch_is_plain(fc_state *state, PyObject *const *tensors, int count)
         if (fc_torch_check_tensor(state, "a gradient", tensors[i], &kind, &wants_gradient, &modes) != 0) return -1;
     }
     return !modes.dispatch;
+}
+
+int fc_torch_count_write(fc_state *state, PyObject *tensor)
+{
+    if (state->torch.increment_version == NULL) return 0;
+    PyObject *none = PyObject_CallFunctionObjArgs(state->torch.increment_version, tensor, NULL);
+    Py_XDECREF(none);
+    return none == NULL ? -1 : 0;
 }
 
 int fc_torch_grad_enabled(fc_state *state)

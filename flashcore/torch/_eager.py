@@ -37,7 +37,12 @@ class FlashCoreAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a result that took no part in the loss costs nothing
         return out, lse
 
-    backward = staticmethod(_C.node_backward)
+    @staticmethod
+    def backward(ctx: Any, *of_results: Any) -> Any:
+        if torch.compiler.is_compiling():  # compiled autograd traces this, and cannot look into C
+            dout, dlse = (*of_results, None)[:2]
+            return backward_by_op(ctx.saved_tensors, dout, dlse, ctx.needs_input_grad, ctx.options)
+        return _C.node_backward(ctx, *of_results)
 
 
 def backward_by_op(saved: Any, dout: Any, dlse: Any, wanted: Any, options: dict[str, Any]) -> tuple[Any, ...]:
