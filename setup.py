@@ -46,7 +46,8 @@ SANITIZE = os.environ.get("FLASHCORE_SANITIZE", "")
 
 
 def say(text: str) -> None:
-    print(f"flashcore: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"flashcore: {text}\n")  # in one piece: several compilers report at once
+    sys.stderr.flush()
 
 
 def stop(text: str) -> SystemExit:

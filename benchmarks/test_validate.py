@@ -87,7 +87,7 @@ def test_conclusion():
     assert whole.passed
     assert "2/2 configurations; 15/15 other problems" in text
     assert "faster at 2/2, 2.00x to 4.50x, geometric mean 3.00x" in text
-    assert "the seeds' own figures (H100): 2.00x to 2.00x" in text
+    assert "beside the prototypes' figures (H100): 2.00x to 2.00x" in text
     assert "P99 / P50 per call: at most 1.10" in text
     assert text.endswith("verdict: correct, faster everywhere")
     assert whole.facts == {"checked": checked}

@@ -1,14 +1,14 @@
 """
-validate.py - do we keep what was promised? What FlashCore grew from, its seeds, measured itself by this harness: 9
-configurations (S 128, 256, 512; B 8, 16, 32; H 8, D 64, float16, no mask), 100 calls to warm up and 1,000 trials each,
-seed 42. Here every backend of PyTorch's SDPA stands beside us, in turn.
+validate.py - is it right and fast at short sequences, call by call? 9 configurations (S 128, 256, 512; B 8, 16, 32;
+H 8, D 64, float16, no mask), 100 calls to warm up and 1,000 trials each, random seed 42, every backend of PyTorch's
+SDPA beside us, in turn. The prototypes that came before this library were measured so; their figures are printed, too.
 
 A trial is the device time of one call: a CUDA graph of that call between two events, inputs rotating over 8 sets. Per
 call is just that; per sequence is the call's time divided by its batch, which says nothing of how long one waits.
 
-Correct is what is within 1e-2 of the formula in float64, the seeds' tolerance, and within our own error rule: at most
-twice the error of the formula whose scores, probabilities and output are rounded to float16. That is asked of every
-contender at each configuration, and of us at 5 more shapes with 3 seeds each.
+Correct is what is within 1e-2 of the formula in float64, the prototypes' tolerance, and within our own error rule: at
+most twice the error of the formula whose scores, probabilities and output are rounded to float16. That is asked of
+every contender at each configuration, and of us at 5 more shapes with 3 random seeds each.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TOLERANCE = 1e-2
 SEEDS = (42, 43, 44)
 SHAPES = ((1, 8, 128, 64), (8, 8, 128, 64), (16, 8, 256, 64), (32, 8, 512, 64), (2, 12, 333, 64))
 
-# What the seeds measured, microseconds per sequence on an H100: {seqlen: {batch: P50}}.
+# What the prototypes measured, microseconds per sequence on an H100: {seqlen: {batch: P50}}.
 CLAIMED = {
     128: {8: 2.60, 16: 1.36, 32: 0.74},
     256: {8: 2.86, 16: 1.78, 32: 1.18},
@@ -138,7 +138,7 @@ def summarize(results: list[dict], checked: list[dict]) -> harness.Conclusion:
     if measured:
         claims = list(map(against_claim, measured))
         lines += [
-            f"P50 per sequence against the seeds' own figures (H100): {min(claims):.2f}x to {max(claims):.2f}x, "
+            f"P50 per sequence beside the prototypes' figures (H100): {min(claims):.2f}x to {max(claims):.2f}x, "
             f"geometric mean {report.geometric_mean(claims):.2f}x",
             f"P99 / P50 per call: at most {max(each['p99'] / each['p50'] for each in ours if 'p50' in each):.2f}",
         ]

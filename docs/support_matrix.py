@@ -28,7 +28,7 @@ def matrix() -> str:
         )
         rows[family, arch][dtype].append(int(head_dim))
         masks[family].add(mask)
-    lines = ["| kernel | runs on | dtypes | head_dim | options | backward (C) |", "|---|---|---|---|---|---|"]
+    lines = ["| kernel | runs on | dtypes | head_dim | options | backward |", "|---|---|---|---|---|---|"]
     for (family, arch), dtypes in rows.items():
         where = f"sm_{arch} alone" if arch.endswith("a") else f"sm_{arch} and later"
         most = max(max(dims) for dims in dtypes.values())

@@ -1,7 +1,7 @@
 /*
  * attention.c - FlashCore from C: one causal grouped-head attention on the CPU, checked against a loop in double.
  *
- *     cc examples/attention.c $(python -m flashcore paths --cflags --libs) -lm -o attention && ./attention
+ *     cc examples/attention.c $(python -P -m flashcore paths --cflags --libs) -lm -o attention && ./attention
  *
  * query [2, 4, 37, 16], key and value [2, 2, 37, 16]: query heads 0 and 1 share the first key head, 2 and 3 the
  * second. Every array lies [batch, seqlen, heads, head_dim] in memory, as a projection's output does; the strides say

@@ -107,7 +107,9 @@ class Encoder:
         self.xp = arrays.module
 
     def linear(self, x, name):
-        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+        rows = x.reshape(-1, x.shape[-1])  # of three dimensions NumPy would multiply by a loop of its own
+        y = rows @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+        return y.reshape(*x.shape[:-1], -1)
 
     def norm(self, x, name):
         x = x - x.mean(-1)[..., None]
@@ -181,10 +183,12 @@ def embed(texts: list[str], tokenizer, encoder: Encoder, arrays: Arrays, attenti
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # alike lengths together: little padding
     for begin in range(0, len(order), BATCH):
         batch = order[begin : begin + BATCH]
+        print(f"\rreading passage {begin + 1} of {len(order)} ", end="", file=sys.stderr, flush=True)
         encodings = tokenizer.encode_batch([texts[index] for index in batch])
         tokens = arrays.put(np.array([each.ids for each in encodings]))
         mask = arrays.put(np.array([each.attention_mask for each in encodings], bool))
         vectors[batch] = arrays.get(encoder(tokens, mask, timed_attention))
+    print("\r\033[K", end="", file=sys.stderr)
     return vectors, seconds
 
 
