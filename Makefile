@@ -15,6 +15,10 @@ NICE   := --disable-pip-version-check --quiet
 export FLASHCORE_STRICT ?= 1
 export FLASHCORE_CUDA_ARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 || echo 90a)
 
+# Tests run side by side, a file each, but for those that share a GPU.
+WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || nproc)
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
+
 C_SOURCES  := $(wildcard include/*.h csrc/*.[ch] csrc/*/*.[ch] tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*/*.cuh kernels/*.h kernels/*/*.h kernels/*/*.cu kernels/*/*.cuh examples/*.c)
 PY_SOURCES := setup.py flashcore tests benchmarks examples docs
 
@@ -27,7 +31,7 @@ demo: build $(VENV)/.demo $(VENV)/.minilm
 	@$(BIN)/python examples/semantic_search.py
 
 test: build $(VENV)/.test $(VENV)/.minilm
-	$(BIN)/python -P -m pytest tests benchmarks -m "not build" -q
+	$(BIN)/python -P -m pytest tests benchmarks -m "not build" -q $(SIDE_BY_SIDE)
 
 #   make build       build in place and install into .venv, rebuilding what changed
 build: $(VENV)/.venv
@@ -42,7 +46,7 @@ check: build $(VENV)/.check
 	$(BIN)/python docs/support_matrix.py --check
 	$(BIN)/mypy
 	$(BIN)/python -P -m mypy.stubtest flashcore._C --mypy-config-file pyproject.toml
-	$(BIN)/python -P -m pytest tests/test_plan.py tests/test_sources.py -q
+	$(BIN)/python -P -m pytest tests/test_plan*.py tests/test_sources.py -q
 
 #   make format      write the format that `make check` wants
 format: $(VENV)/.check
@@ -77,14 +81,14 @@ FUZZ_COUNT ?= 1000000
 asan: $(ASAN_VENV)/.built
 	$(ASAN_RUN) -P -m pytest tests/test_c_api.py tests/test_attention.py tests/test_arrays.py tests/test_refusals.py tests/test_semantics.py \
 	    tests/test_robustness.py tests/test_backward.py tests/test_backward_binding.py tests/test_tuned.py tests/test_autotune.py \
-	    -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider
+	    -m "not gpu and not build and not slow and not uninstrumented" -q -p no:cacheprovider $(SIDE_BY_SIDE)
 
 fuzz: $(ASAN_VENV)/.built
 	PYTHONPATH=tests $(ASAN_RUN) -P tests/fuzz_importers.py $(FUZZ_COUNT)
 
 $(ASAN_VENV)/.built: $(C_SOURCES) setup.py
 	$(PYTHON) -m venv $(ASAN_VENV)
-	$(ASAN_VENV)/bin/pip install $(NICE) "numpy>=2.0" ml_dtypes pytest pytest-timeout hypothesis
+	$(ASAN_VENV)/bin/pip install $(NICE) "numpy>=2.0" ml_dtypes pytest pytest-timeout pytest-xdist hypothesis
 	FLASHCORE_CUDA=0 FLASHCORE_SANITIZE=address,undefined $(ASAN_VENV)/bin/pip install $(NICE) .
 	touch $@
 
