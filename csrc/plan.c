@@ -305,9 +305,10 @@ static double plan_blocks(const fc_forward_args *args, int32_t index, const fc_d
                                                  : fc_hopper_short_plan_blocks(args, kernel, device, splits, launch);
 }
 
-/* The fastest plan of all kernels that serve the problem; false where none does. */
-static bool choose(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                   fc_launch *launch)
+/* Of all kernels that serve the problem the plan that is the fastest for `asked`, which is the problem, or one batch of
+ * it; false where none does. */
+static bool choose(const fc_attention_problem *problem, const fc_forward_args *args, const fc_forward_args *asked,
+                   const fc_device *device, fc_launch *launch)
 {
     bool has_any = false;
     double least = 0;
@@ -318,7 +319,7 @@ static bool choose(const fc_attention_problem *problem, const fc_forward_args *a
             continue; /* pads more */
         if (!is_usable(kernel, problem, args, &needs, device)) continue;
         fc_launch its_launch;
-        double cycles = plan_blocks(args, i, device, 0, &its_launch);
+        double cycles = plan_blocks(asked, i, device, 0, &its_launch);
         if (!has_any || cycles < least) {
             has_any = true;
             least = cycles;
@@ -329,30 +330,24 @@ static bool choose(const fc_attention_problem *problem, const fc_forward_args *a
     return has_any;
 }
 
-/* FC_DETERMINISTIC: the kernel and the splits that a batch of one gets. */
-static bool choose_for_one(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
-                           fc_launch *launch)
-{
-    fc_forward_args one = *args;
-    one.batch = 1;
-    if (!choose(problem, &one, device, launch)) return false;
-    plan_blocks(args, launch->plan.kernel, device, launch->plan.num_splits, launch);
-    return true;
-}
-
 fc_status fc_plan_forward(const fc_attention_problem *problem, const fc_forward_args *args, const fc_device *device,
                           int32_t preferred, fc_launch *launch)
 {
     fc_status status = fc_check_device_type(device, problem->device_type);
     if (status != FC_OK) return status;
-    bool is_told = preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device), is_found = is_told;
-    if (is_told)
-        plan_blocks(args, preferred, device, 0, launch);
-    else if ((problem->flags & FC_DETERMINISTIC) != 0 && args->batch > 1)
-        is_found = choose_for_one(problem, args, device, launch);
-    else
-        is_found = choose(problem, args, device, launch);
-    if (!is_found) return refuse(problem, args, device);
+    /* FC_DETERMINISTIC: the kernel and the splits that a batch of one gets. */
+    const fc_forward_args *asked = args;
+    fc_forward_args one;
+    if ((problem->flags & FC_DETERMINISTIC) != 0 && args->batch > 1) {
+        one = *args;
+        one.batch = 1;
+        asked = &one;
+    }
+    if (preferred >= 0 && fc_kernel_is_usable(preferred, problem, args, device))
+        plan_blocks(asked, preferred, device, 0, launch);
+    else if (!choose(problem, args, asked, device, launch))
+        return refuse(problem, args, device);
+    if (asked != args) plan_blocks(args, launch->plan.kernel, device, launch->plan.num_splits, launch);
     fc_plan *plan = &launch->plan;
     const fc_kernel *kernel = &fc_kernels[plan->kernel];
     plan->num_threads =

@@ -124,10 +124,11 @@ def attention(
     return (out.swapaxes(1, 2) if layout == "bshd" else out), lse
 
 
-def launch_of(problem: capi.Problem, num_sms: int = 132) -> Launch:
-    """What a launcher is told of a problem, whose arrays need no data, on a Hopper GPU."""
+def launch_of(problem: capi.Problem, num_sms: int = 132, preferred: int = -1) -> Launch:
+    """What a launcher is told of a problem, whose arrays need no data, on a Hopper GPU. preferred: the kernel of a plan
+    that was made before."""
     launch, device = Launch(), capi.gpu_device(90, num_sms)
-    status = library("").fc_emulate_plan(ctypes.byref(problem), ctypes.byref(device), ctypes.byref(launch))
+    status = library("").fc_emulate_plan(ctypes.byref(problem), ctypes.byref(device), preferred, ctypes.byref(launch))
     assert status == capi.OK
     return launch
 

@@ -523,14 +523,14 @@ def test_short_grids_are_even(heads: int, seqlen: int, flags: int, num_sms: int)
         assert -plan.num_blocks % num_sms < plan.num_splits
 
 
-@needs_hopper_build
+@needs_compilers
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("flags", [0, CAUSAL])
 @pytest.mark.parametrize("seqlen_q,seqlen_k", [(4, 600), (128, 128), (100, 1000), (1024, 1024)])
 def test_deterministic_plans_do_not_depend_on_the_batch(
     seqlen_q: int, seqlen_k: int, flags: int, head_dim: int
 ) -> None:
-    """Which kernel it is and how many ways keys are split decides a row's bits."""
+    """Which kernel it is and how many ways keys are split decides a row's bits; also of a plan that is used again."""
     chosen, free = set(), set()
     for batch in (1, 2, 7, 40, 200, 1000):
         for flag, found in ((capi.DETERMINISTIC, chosen), (0, free)):
@@ -538,14 +538,23 @@ def test_deterministic_plans_do_not_depend_on_the_batch(
                 batch=batch, num_heads_q=2, num_heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim,
                 head_dim_v=head_dim, flags=flags | flag,
             )  # fmt: skip
-            status, plan = capi.plan(problem, HOPPER)
-            assert status == OK
-            assert plan.num_tiles == batch * 2 * -(-seqlen_q // plan.block_m)
-            assert plan.num_blocks % plan.num_splits == 0
-            found.add((name_of(plan), plan.num_splits))
+            kernel = emulated.launch_of(problem).plan.kernel
+            for preferred in (-1, kernel):
+                plan = emulated.launch_of(problem, preferred=preferred).plan
+                assert (plan.kernel, plan.num_tiles) == (kernel, batch * 2 * -(-seqlen_q // plan.block_m))
+                assert plan.num_blocks % plan.num_splits == 0
+                found.add((kernel, plan.num_splits))
     assert len(chosen) == 1
     if (seqlen_k, flags, head_dim) == (600, 0, 64):
         assert len(free) > 1, "or this tests nothing"
+
+
+@needs_hopper_build
+def test_deterministic_plans_serve_the_whole_problem() -> None:
+    """Hopper's kernels read one batch of it; from one to the next they cannot step."""
+    problem = capi.shapes_only(flags=capi.DETERMINISTIC)
+    problem.query.strides[0] += 1
+    assert family_of(problem) == "portable"
 
 
 @needs_hopper_build

@@ -183,20 +183,20 @@ template <class Launch> static int with_workspace(const fc_plan &plan, Launch la
     return -error;
 }
 
-static int check_and_plan(const fc_attention_problem *given, bool need_data, const fc_device *device,
+static int check_and_plan(const fc_attention_problem *given, bool need_data, const fc_device *device, int32_t preferred,
                           fc_forward_args *args, fc_launch *launch)
 {
     fc_attention_problem problem;
     const int status = fc_check(given, need_data, &problem, args);
-    return status == FC_OK ? fc_plan_forward(&problem, args, device, -1, launch) : status;
+    return status == FC_OK ? fc_plan_forward(&problem, args, device, preferred, launch) : status;
 }
 
-/* As fc_attention_plan, and what only a launcher is told. */
-extern "C" __attribute__((visibility("default"))) int fc_emulate_plan(const fc_attention_problem *given,
-                                                                      const fc_device *device, fc_launch *launch)
+/* As fc_attention_plan, and what only a launcher is told; or with a kernel preferred, as fc_attention_run plans. */
+extern "C" __attribute__((visibility("default"))) int
+fc_emulate_plan(const fc_attention_problem *given, const fc_device *device, int32_t preferred, fc_launch *launch)
 {
     fc_forward_args args;
-    return check_and_plan(given, false, device, &args, launch);
+    return check_and_plan(given, false, device, preferred, &args, launch);
 }
 
 /* As fc_attention_forward, on arrays in ordinary memory and a device that is only described. 0, an fc_status, or what
@@ -205,7 +205,7 @@ extern "C" __attribute__((visibility("default"))) int fc_emulate(const fc_attent
                                                                  const fc_device *device, fc_launch *launch)
 {
     fc_forward_args args;
-    const int status = check_and_plan(given, true, device, &args, launch);
+    const int status = check_and_plan(given, true, device, -1, &args, launch);
     if (status != FC_OK || launch->plan.num_tiles == 0) return status;
     const auto launcher = fc_kernels[launch->plan.kernel].launcher;
     return with_workspace(launch->plan, [&](void *workspace) { return launcher(&args, launch, workspace, nullptr); });
