@@ -16,7 +16,7 @@ export FLASHCORE_STRICT ?= 1
 export FLASHCORE_CUDA_ARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 || echo 90a)
 
 # Tests run side by side, a file each, but for those that share a GPU.
-WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || nproc)
+WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || nproc 2>/dev/null || echo 1)
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
 
 C_SOURCES  := $(wildcard include/*.h csrc/*.[ch] csrc/*/*.[ch] tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*/*.cuh kernels/*.h kernels/*/*.h kernels/*/*.cu kernels/*/*.cuh examples/*.c)

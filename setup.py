@@ -11,7 +11,7 @@ Environment:
                            the GPUs that are present; with none present, just that list
     FLASHCORE_STRICT       1: warnings, register spills and serialized wgmma fail the build
     FLASHCORE_SANITIZE     "address,undefined": instrument the C code
-    MAX_JOBS, CC, NVCC     parallel compilers; which C compiler; which nvcc
+    MAX_JOBS, CC, CXX, NVCC  parallel compilers; which C compiler, C++ compiler and nvcc
 """
 
 from __future__ import annotations

@@ -221,8 +221,9 @@ static fc_status check_softcap(const fc_attention_problem *p, double scale)
     if (!isfinite(p->softcap) || p->softcap < 0)
         return fc_fail(FC_INVALID, "softcap is %g; it must be finite and positive, or absent", p->softcap);
     if (p->softcap >= least && is_finite_for(p, p->softcap) && is_finite_for(p, scale / p->softcap)) return FC_OK;
-    return fc_fail(FC_INVALID, "softcap is %g and scale %g; softcap and scale / softcap must be in the range of %s",
-                   p->softcap, scale, least == DBL_MIN ? "float64" : "float32");
+    return fc_fail(FC_INVALID,
+                   "softcap is %g; it, and scale / softcap, must be in the range of %s, in which scores are",
+                   p->softcap, least == DBL_MIN ? "float64" : "float32");
 }
 
 static fc_status check_options(const fc_attention_problem *p)

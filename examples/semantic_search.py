@@ -183,12 +183,14 @@ def embed(texts: list[str], tokenizer, encoder: Encoder, arrays: Arrays, attenti
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # alike lengths together: little padding
     for begin in range(0, len(order), BATCH):
         batch = order[begin : begin + BATCH]
-        print(f"\rreading passage {begin + 1} of {len(order)} ", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\rreading passage {begin + 1} of {len(order)} ", end="\033[K", file=sys.stderr, flush=True)
         encodings = tokenizer.encode_batch([texts[index] for index in batch])
         tokens = arrays.put(np.array([each.ids for each in encodings]))
         mask = arrays.put(np.array([each.attention_mask for each in encodings], bool))
         vectors[batch] = arrays.get(encoder(tokens, mask, timed_attention))
-    print("\r\033[K", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r", end="\033[K", file=sys.stderr, flush=True)
     return vectors, seconds
 
 

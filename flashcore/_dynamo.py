@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -30,16 +31,17 @@ def _register() -> None:
 class _Watch(MetaPathFinder):
     """Lets the other finders find the tracer, and has it registered with as soon as it has run."""
 
-    is_asking = False
+    def __init__(self) -> None:
+        self.asking = threading.local()  # the other finders: not ourselves again
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != TRACER or self.is_asking:
+        if name != TRACER or getattr(self.asking, "now", False):
             return None
-        self.is_asking = True
+        self.asking.now = True
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self.is_asking = False
+            self.asking.now = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module

@@ -407,6 +407,12 @@ def test_out_overlapping_itself_by_batches_is_refused(ones: tuple[int, ...]) -> 
         flashcore.attention(q, q, q, out=np.lib.stride_tricks.as_strided(out, q.shape, (0, *out.strides[1:])))
 
 
+def test_out_without_elements_may_have_any_strides() -> None:
+    q = np.zeros((2, 3, 0, 8), np.float32)
+    out = np.lib.stride_tricks.as_strided(np.empty((1, 3, 0, 8), np.float32), q.shape, (0, 0, 0, 4))
+    assert flashcore.attention(q, q, q, out=out) is out
+
+
 def test_jax_arrays_are_not_written_to() -> None:
     jnp = pytest.importorskip("jax.numpy", reason="these are JAX's rules")
     q, out = np.ones((4, 8), np.float32), jnp.zeros((4, 8))

@@ -290,7 +290,7 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         (("B1,H2,S16,D8,float8",), "'float8' in 'B1,H2,S16,D8,float8' is not understood"),
         (("B0,H2,S16,D8",), "'B0'"),
         (("B1,B2,H2,S16,D8",), "'B1,B2,H2,S16,D8' has B twice"),
-        (("B100000,H8,S100000,D64", "--device", "cpu"), "B100000,H8,S100000,D64,float16: "),
+        (("B1000000,H8,S1000000,D64", "--device", "cpu"), "B1000000,H8,S1000000,D64,float16: "),
         (("B1,H2,S16,D300,float32", "--device", "cpu"), "B1,H2,S16,D300,float32: head_dim is 300; allowed: 1 to 256"),
         (("B1,H3/2,S16,D8,float32", "--device", "cpu"), "multiple"),
         (("--device", "tpu"), "device is 'tpu'; allowed: cpu, cuda"),

@@ -471,7 +471,6 @@ def test_tiles_of_long_calls(head_dim: int, flags: int, tiles: list[str]) -> Non
     assert chosen == tiles
 
 
-@needs_compilers
 @needs_hopper_build
 @pytest.mark.parametrize("seqlen,tile", [(2048, "192x64"), (2560, "192x64"), (3072, "192x64"), (4096, "128x128")])
 def test_causal_tiles_of_medium_length(seqlen: int, tile: str) -> None:
@@ -499,6 +498,7 @@ def test_grids_with_masks_are_filled_up_to_one_block_each(heads: int, blocks: in
     assert (plan.num_splits, plan.num_blocks, launch.blocks_per_sm) == (1, blocks, per_sm)
 
 
+@needs_compilers
 @needs_hopper_build
 @pytest.mark.parametrize("num_sms", [1, 16, 114, 132])
 @pytest.mark.parametrize("flags", [0, CAUSAL])

@@ -36,6 +36,7 @@ SHAPES = [
     ({"key": zeros(*[1] * 17)}, ["key", "17 dimensions", "16"]),
     ({"query": zeros(2, 5, 3, 16), "layout": "bshd"}, ["multiple", "bshd"]),
     ({"attn_mask": zeros(5, 6)}, ["attn_mask", "(5, 6)", "(2, 4, 5, 7)"]),
+    ({"attn_mask": zeros(3, 7, dtype=bool)}, ["(3, 7); it must broadcast"]),
     ({"attn_mask": zeros(2, 7, dtype=bool)}, ["(2, 7)", "(batch, keys) is given as mask[:, None, None, :]"]),
     ({"attn_mask": zeros(2, 3, 5, 7)}, ["attn_mask", "(2, 3, 5, 7)", "(2, 4, 5, 7)"]),
     ({"attn_mask": zeros(1, 2, 4, 5, 7)}, ["attn_mask", "(1, 2, 4, 5, 7)", "(2, 4, 5, 7)"]),

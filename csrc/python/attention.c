@@ -163,11 +163,20 @@ static void step_to(fc_call *call, const fc_tensor first[FC_NUM_OPERANDS], int n
     call->problem.first_batch = index * call->problem.batch;
 }
 
-/* One call of the library. */
+/* What would run, into *plan; on a GPU FLASHCORE_SLOW has its say. */
+static int make_plan(fc_call *call, fc_plan *plan)
+{
+    *plan = (fc_plan){.struct_size = sizeof *plan};
+    fc_status status = fc_attention_plan(&call->problem, NULL, plan);
+    if (status != FC_OK) return fc_raise_status(status);
+    return fc_report_slow(call->state, &call->problem, plan);
+}
+
+/* One call of the library; on the CPU it plans, too. */
 static int run_once(fc_call *call)
 {
     fc_attention_problem *problem = &call->problem;
-    fc_plan plan = {.struct_size = sizeof plan};
+    fc_plan plan;
     fc_status status;
     if (problem->device_type == FC_CPU) {
         Py_BEGIN_ALLOW_THREADS
@@ -175,11 +184,8 @@ static int run_once(fc_call *call)
         Py_END_ALLOW_THREADS
         return status == FC_OK ? 0 : fc_raise_status(status);
     }
-    status = fc_attention_plan(problem, NULL, &plan);
-    if (status != FC_OK) return fc_raise_status(status);
     fc_workspace workspace;
-    if (fc_report_slow(call->state, problem, &plan) != 0) return -1;
-    if (fc_workspace_new(call, plan.workspace_bytes, &workspace) != 0) return -1;
+    if (make_plan(call, &plan) != 0 || fc_workspace_new(call, plan.workspace_bytes, &workspace) != 0) return -1;
     Py_BEGIN_ALLOW_THREADS
     status = fc_attention_run(problem, &plan, workspace.data, plan.workspace_bytes, call->stream);
     Py_END_ALLOW_THREADS
@@ -187,23 +193,36 @@ static int run_once(fc_call *call)
     return status == FC_OK ? 0 : fc_raise_status(status);
 }
 
-/* Each of the batches that do not fold is planned by itself: its arrays may be aligned otherwise. */
+/* The batches that do not fold. Each has a plan of its own, for its arrays may be aligned otherwise; all are made
+ * before the first runs, so that what is refused is refused before anything is written. */
+static int run_batches(fc_call *call, int64_t num_calls)
+{
+    fc_tensor first[FC_NUM_OPERANDS];
+    for (int i = 0; i < FC_NUM_OPERANDS; i++) first[i] = *fc_tensor_of(&call->problem, i);
+    for (int64_t i = 0; i < num_calls && call->problem.device_type == FC_CUDA; i++) {
+        fc_plan plan;
+        step_to(call, first, call->batches.ndim - 1, i);
+        if (make_plan(call, &plan) != 0) return -1;
+    }
+    for (int64_t i = 0; i < num_calls; i++) {
+        step_to(call, first, call->batches.ndim - 1, i);
+        if (run_once(call) != 0) return -1;
+    }
+    return 0;
+}
+
 static int run(fc_call *call)
 {
     int64_t num_calls = fc_call_fold(call);
     bool is_empty = call->problem.seqlen_q == 0 || call->problem.num_heads_q == 0; /* one call checks the rest */
     if (order_streams(call, true) != 0) return -1;
-    if (num_calls == 1 || is_empty) {
-        if (run_once(call) != 0) return -1;
-    } else {
-        fc_tensor first[FC_NUM_OPERANDS];
-        for (int i = 0; i < FC_NUM_OPERANDS; i++) first[i] = *fc_tensor_of(&call->problem, i);
-        for (int64_t i = 0; i < num_calls; i++) {
-            step_to(call, first, call->batches.ndim - 1, i);
-            if (run_once(call) != 0) return -1;
-        }
-    }
-    return order_streams(call, false);
+    int error = num_calls == 1 || is_empty ? run_once(call) : run_batches(call, num_calls);
+    if (error == 0) return order_streams(call, false);
+    PyObject *type, *value, *traceback; /* of several batches some may be on their way */
+    PyErr_Fetch(&type, &value, &traceback);
+    order_streams(call, false);
+    PyErr_Restore(type, value, traceback);
+    return -1;
 }
 
 /* torch counts what is written to a tensor, so that autograd can tell whether what it saved is still there. */

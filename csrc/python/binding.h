@@ -182,12 +182,13 @@ void fc_format_shape(char *text, size_t size, int ndim, const int64_t *shape);
 int fc_result_new(fc_state *state, const fc_array *query, const char *name, int32_t dtype, int ndim,
                   const int64_t *shape, void *stream, fc_array *array, PyObject **object, PyObject **finish);
 
-/* Scratch memory for a call: on a GPU from the allocator of the query's library, which knows streams and captures; on
- * the CPU from ours. May be freed as soon as the work is enqueued. */
+/* Scratch memory for a call: on a GPU from torch's allocator, which knows of its captures, where the query is torch's;
+ * elsewhere from fc_malloc, on the call's stream. May be freed as soon as the work is enqueued. */
 typedef struct fc_workspace {
-    void *data; /* NULL where no bytes are asked for */
-    PyObject *object;
-    fc_array array;
+    void *data;       /* NULL where no bytes are asked for */
+    PyObject *tensor; /* owns it; NULL: fc_malloc's */
+    int32_t device_type, device_id;
+    void *stream;
 } fc_workspace;
 struct fc_call;
 int fc_workspace_new(struct fc_call *call, uint64_t bytes, fc_workspace *workspace);

@@ -187,7 +187,8 @@ int fc_place(const fc_geometry *g, enum fc_operand operand, const fc_array *arra
         fits = strides_over(array, ndim, full, strides);
         if (!fits)
             return refuse_operand(array,
-                                  array->ndim == 2 && array->shape[1] == g->seqlen_k
+                                  array->ndim == 2 && array->shape[1] == g->seqlen_k && nb > 0 &&
+                                          array->shape[0] == g->batch_shape[nb - 1]
                                       ? "a mask of (batch, keys) is given as mask[:, None, None, :]; it must broadcast "
                                         "to (..., heads, rows, keys), here"
                                       : "it must broadcast to (..., heads, rows, keys), here",
@@ -259,6 +260,8 @@ bool fc_overlaps_itself(const fc_array *array)
 {
     bool seen[FC_MAX_NDIM] = {false};
     uint64_t reach = 0;
+    for (int i = 0; i < array->ndim; i++)
+        if (array->shape[i] == 0) return false;
     for (int done = 0; done < array->ndim; done++) {
         int next = -1;
         uint64_t least = 0;
@@ -269,7 +272,6 @@ bool fc_overlaps_itself(const fc_array *array)
             least = step;
         }
         seen[next] = true;
-        if (array->shape[next] == 0) return false;
         if (array->shape[next] == 1) continue;
         if (least <= reach) return true;
         uint64_t span;

@@ -178,29 +178,29 @@ int fc_result_new(fc_state *state, const fc_array *query, const char *name, int3
 
 int fc_workspace_new(struct fc_call *call, uint64_t bytes, fc_workspace *workspace)
 {
-    workspace->data = NULL;
-    workspace->object = NULL;
+    const fc_attention_problem *p = &call->problem;
+    *workspace = (fc_workspace){.device_type = p->device_type, .device_id = p->device_id, .stream = call->stream};
     if (bytes == 0) return 0;
-    if (call->problem.device_type == FC_CPU) {
-        fc_status status = fc_malloc(FC_CPU, 0, bytes, NULL, &workspace->data);
+    if (p->device_type == FC_CPU || !call->arrays[FC_QUERY].kind.is_torch) {
+        fc_status status = fc_malloc(p->device_type, p->device_id, bytes, call->stream, &workspace->data);
         return status == FC_OK ? 0 : fc_raise_status(status);
     }
     int64_t count = (int64_t)((bytes + sizeof(float) - 1) / sizeof(float));
     PyObject *finish = NULL;
-    if (fc_result_new(call->state, &call->arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, call->stream,
-                      &workspace->array, &workspace->object, &finish) != 0)
+    fc_array array;
+    if (fc_result_new(call->state, &call->arrays[FC_QUERY], "workspace", FC_FLOAT32, 1, &count, call->stream, &array,
+                      &workspace->tensor, &finish) != 0)
         return -1;
     Py_XDECREF(finish);
-    workspace->data = workspace->array.data;
+    workspace->data = array.data;
+    fc_array_release(&array); /* the tensor holds the memory */
     return 0;
 }
 
 void fc_workspace_free(fc_workspace *workspace)
 {
-    if (workspace->object == NULL) {
-        fc_free(FC_CPU, 0, workspace->data, NULL);
-        return;
-    }
-    fc_array_release(&workspace->array);
-    Py_DECREF(workspace->object);
+    if (workspace->tensor == NULL)
+        fc_free(workspace->device_type, workspace->device_id, workspace->data, workspace->stream);
+    else
+        Py_DECREF(workspace->tensor);
 }
