@@ -65,7 +65,7 @@ class Explanation:
     num_splits: int
     num_threads: int  # CPU threads, or CUDA threads per block
     num_tiles: int
-    num_calls: int  # of the kernel: more than 1 where batch dimensions do not fold into one stride
+    num_calls: int  # more than 1 where batch dimensions do not fold into one stride; all else here is of the first
     workspace_bytes: int
     slow: tuple[str, ...]  # why this is not the fast path; empty where it is
     tuned: bool  # autotune() chose, in this process or an earlier one; else the planner
