@@ -101,8 +101,8 @@ static void lay_evenly(fc_launch *launch, const fc_kernel *kernel, const struct 
     launch->blocks_per_sm = (int32_t)(calls * of->per_sm);
 }
 
-/* The grid with the splits that take the least time, which is set: the fewest that fit, or more, as long as they gain,
- * have multiprocessors, and each block keeps 128 keys. */
+/* The grid whose splits take the least time, *cycles: the fewest that fit, or more, as long as they gain, have
+ * multiprocessors, and each block keeps 128 keys. */
 static struct layout choose_splits(const fc_forward_args *args, const fc_kernel *kernel, int64_t tiles, int64_t sms,
                                    double share, double *cycles)
 {

@@ -128,6 +128,16 @@ static PyObject *finish_result(fc_result *result)
     return object;
 }
 
+/* A call and its results, as far as they came. */
+static void release(fc_call *call, fc_result *out, fc_result *lse)
+{
+    fc_call_release(call);
+    Py_XDECREF(out->object);
+    Py_XDECREF(out->finish);
+    Py_XDECREF(lse->object);
+    Py_XDECREF(lse->finish);
+}
+
 /* ---- the run ---- */
 
 static int order_stream(const fc_call *call, const fc_array *array, bool before)
@@ -269,11 +279,7 @@ static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t num_
         returned = pair;
     }
 done:
-    fc_call_release(&call);
-    Py_XDECREF(out.object);
-    Py_XDECREF(out.finish);
-    Py_XDECREF(lse.object);
-    Py_XDECREF(lse.finish);
+    release(&call, &out, &lse);
     return returned;
 }
 
@@ -381,10 +387,6 @@ PyObject *fc_py_measure(PyObject *module, PyObject *const *args, Py_ssize_t num_
     if (measure(&call, (int32_t)num_calls, &microseconds) != 0 || count_write(&call) != 0) goto done;
     returned = PyFloat_FromDouble(microseconds);
 done:
-    fc_call_release(&call);
-    Py_XDECREF(out.object);
-    Py_XDECREF(out.finish);
-    Py_XDECREF(lse.object);
-    Py_XDECREF(lse.finish);
+    release(&call, &out, &lse);
     return returned;
 }
