@@ -7,11 +7,13 @@ are large and long shapes. Causal counts half the operations. Each figure is the
 on input sets that together exceed the L2 cache, all contenders timed in turn.
 """
 
+import argparse
 import statistics
 import sys
 
 import contenders as who
 import harness
+import report
 import timers
 from report import Table
 
@@ -56,6 +58,22 @@ def measure(job: harness.Job) -> dict:
     return {name: {"us": us, "tflops": job.problem.flops / us / 1e6} for name, us in medians.items()}
 
 
+def conclude(results: list[dict], options: argparse.Namespace) -> harness.Conclusion:
+    """Of each panel the geometric mean of our speed against the best peer, and against the bars that rows have."""
+    lines, facts = [], {}
+    for panel in dict.fromkeys(result["panel"] for result in results):
+        here = [result for result in results if result["panel"] == panel and result.get("speed")]
+        if not here:
+            continue
+        facts[panel] = {"speed": report.geometric_mean([result["speed"] for result in here])}
+        line = f"{panel}: {facts[panel]['speed']:.3f} times the best peer"
+        if ratios := [ratio for result in here if (ratio := report.of_bar(result)) is not None]:
+            facts[panel] |= {"of_bars": report.geometric_mean(ratios), "least_of_bars": min(ratios)}
+            line += f", {facts[panel]['of_bars']:.3f} times its bars, {min(ratios):.3f} the least"
+        lines.append(line)
+    return harness.Conclusion(lines, facts=facts)
+
+
 QUESTION = harness.Question(
     name="forward",
     text=__doc__,
@@ -68,6 +86,7 @@ QUESTION = harness.Question(
         Table("us per call", ("us",)),
     ),
     sets=who.Problem.sets_beyond,
+    conclude=conclude,
 )
 
 if __name__ == "__main__":

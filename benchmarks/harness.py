@@ -105,6 +105,12 @@ def parse(question: Question, arguments: list[str] | None) -> argparse.Namespace
         prog=f"{question.name}.py", description=question.text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few rows, a few rounds: does it run? Not for figures")
+    parser.add_argument(
+        "--sample-ms",
+        type=float,
+        help="how long a contender runs before the next one's turn, default 2; by 20 or more a GPU reaches its power "
+        "limit, as it does in long work",
+    )
     parser.add_argument("--rows", metavar="WORDS", help='only rows whose name holds all these words, "D128 causal"')
     parser.add_argument("--peers", metavar="NAMES", help="only these peers, separated by commas")
     parser.add_argument("--peers-only", action="store_true", help="without flashcore")
@@ -204,6 +210,8 @@ def run_row(question: Question, row: Row, contenders: list[who.Contender], optio
         del output
     expected = None
     effort = timers.QUICK if options.quick else timers.FULL
+    if options.sample_ms:
+        effort = dataclasses.replace(effort, sample_us=1e3 * options.sample_ms)
     for name, figures in question.measure(Job(problem, inputs, serving, effort, options)).items():
         result["contenders"].setdefault(name, {"kind": "note"}).update(figures)
     if any(item.kind == "ours" for item in serving):

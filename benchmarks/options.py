@@ -54,8 +54,12 @@ def _mask(make: Callable[[Any, str], Any]):
     """The option of an attn_mask, which says the same to both."""
 
     def option(problem, device):
+        import torch
+
         mask = make(problem, device)
-        return {"options": {"attn_mask": mask}, "peer_mask": mask}
+        # PyTorch's cuDNN makes NaN of a mask of float32 beside a query of 16 bits.
+        peer_mask = mask if mask.dtype == torch.bool else mask.to(getattr(torch, problem.dtype))
+        return {"options": {"attn_mask": mask}, "peer_mask": peer_mask}
 
     return option
 

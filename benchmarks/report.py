@@ -58,15 +58,22 @@ def judge(result: dict, table: Table, bar: dict | None) -> None:
     if bar is None:
         return
     result["bar"] = bar
-    ours = next((figures for figures in result["contenders"].values() if figures["kind"] == "ours"), {})
-    if "us" not in ours:
-        result["passed"] = False
-    elif "us" in bar:
-        result["passed"] = ours["us"] <= bar["us"]
-    else:
-        peer = result["contenders"].get(bar.get("peer", result["best"]), {})
-        # A bar set by a peer that is not there cannot be judged: neither passed nor missed.
-        result["passed"] = peer["us"] / ours["us"] >= bar["speed"] if "us" in peer else None
+    refused = all("us" not in figures for figures in result["contenders"].values() if figures["kind"] == "ours")
+    ratio = of_bar(result)
+    # A bar set by a peer that is not there cannot be judged: neither passed nor missed.
+    result["passed"] = False if refused else None if ratio is None else ratio >= 1
+
+
+def of_bar(result: dict) -> float | None:
+    """How many times as fast as its bar a row is. None where it has none, or the bar's peer or we did not run."""
+    bar, contenders = result.get("bar"), result["contenders"]
+    ours = next((figures for figures in contenders.values() if figures["kind"] == "ours"), {})
+    if bar is None or "us" not in ours:
+        return None
+    if "us" in bar:
+        return bar["us"] / ours["us"]
+    peer = contenders.get(bar.get("peer", result["best"]), {})
+    return peer["us"] / ours["us"] / bar["speed"] if "us" in peer else None
 
 
 def read_bars(given: str | None, rows: list[str]) -> dict[str, dict]:

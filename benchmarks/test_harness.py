@@ -64,6 +64,15 @@ def test_bar(bar, passed):
     assert refused["passed"] is False
 
 
+def test_a_forward_run_sums_up_its_panels():
+    rows = [result(2.0, cudnn=4.0, flash=3.0), result(2.0, cudnn=5.0, flash=6.0), result(None, cudnn=1.0)]
+    for row, bar in zip(rows, ({"speed": 1.6, "peer": "cudnn"}, {"us": 3.2}, None), strict=True):
+        report.judge(row, US, bar)
+    (line,) = forward.conclude(rows, None).lines
+    means = (1.5 * 2.5) ** 0.5, (1.25 * 1.6) ** 0.5
+    assert line == f"p: {means[0]:.3f} times the best peer, {means[1]:.3f} times its bars, 1.250 the least"
+
+
 def test_markdown():
     judged = result(2.0, cudnn=4.0, flash=3.0)
     report.judge(judged, US, {"speed": 1.6})

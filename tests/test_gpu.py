@@ -46,7 +46,7 @@ def _nothing_left_behind() -> Iterator[None]:
 def run_python(code: str, **environment: str) -> str:
     package = Path(flashcore.__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
         timeout=180,

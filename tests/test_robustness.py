@@ -30,7 +30,7 @@ def run_python(code: str, timeout: float = 60, **environment: str) -> str:
     """A fresh process that finds the same flashcore."""
     package = Path(flashcore.__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
         timeout=timeout,

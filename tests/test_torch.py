@@ -307,4 +307,4 @@ assert out.stride() == q.stride()
 torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
 assert len(calls) == ({broken!r} == "counted")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
