@@ -153,11 +153,12 @@ template <class T, int ROWS> struct mask_tiles {
     }
 
     /* s in natural units = unit * s + the mask, where it is of floats. For a warp whose sixteen rows begin with the
-     * tile's row first_row. */
+     * tile's row first_row. IS_OWN: the mask is known to be of dtype T. */
+    template <bool IS_OWN>
     __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, const uint8_t *tile, int first_row) const
     {
         const int lane = threadIdx.x % 32;
-        if (mask.dtype == T::dtype) {
+        if (IS_OWN || mask.dtype == T::dtype) {
             /* Lane 8 m + i says where row i of matrix m lies, of four: pieces c and c + 1 of two times eight rows. */
             const uint32_t from = shared_address(tile) + place<T>(params.by_row ? first_row + lane % 16 : 0, lane / 16);
 #pragma unroll

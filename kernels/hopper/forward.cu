@@ -75,6 +75,11 @@ constexpr bool LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
 constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS == 3;
 static_assert(HANDS_ON != hands_on::after_both || !HAS_MASKS || SETTLES_FIRST, "or nobody hands the turn on");
 
+/* Does a general call that only adds attn_mask do so under the exponentials, by the reference at hand
+ * (online_softmax::try_step)? Gains 3 to 11%; at head_dim 64 4 to 8%, but there softcap, whose code is long, loses 25%
+ * for want of instructions. */
+constexpr bool ADDS_UNDER_EXPONENTIALS = MASK == mask_class::general && HEAD_DIM > 64;
+
 /* A computing warpgroup: 64 rows of each tile. */
 static __device__ __forceinline__ void consume(const forward_params &params, shared_memory &smem, int warpgroup)
 {
@@ -240,7 +245,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         const std::false_type no;
         softmax = fc::online_softmax();
         fc::out_rows<T> rows;
-        const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
+        const auto finish = [&] {
+            rows = fc::out_rows<T>(softmax, ADDS_UNDER_EXPONENTIALS ? softmax.weights : nullptr, unit, args, work, row);
+        };
         const auto zero_out = [&] {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
@@ -283,16 +290,27 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             /* pending: p.v of the tile before, which goes on under the options and the search for the maximum. */
             const auto weigh = [&](auto pending) {
                 const bool is_cut = j >= view.end_whole || j < view.first_whole;
-                options.apply(s, j, is_cut, shows, mask_tile(smem, warpgroup, masks.stage, args.attn_mask.dtype),
-                              16 * warp);
-                let_go_mask();
-                if (!TELLS && !LOOKS_AHEAD) look();
-                if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
+                const uint8_t *mask = mask_tile(smem, warpgroup, masks.stage, args.attn_mask.dtype);
+                bool is_pending = pending;
                 const auto settle = [&] {
                     if (SETTLES_FIRST) return;
                     finish_p_v(j);
-                    if (pending) let_go(smem.value_empty, values);
+                    if (is_pending) let_go(smem.value_empty, values);
+                    is_pending = false;
                 };
+                const bool only_adds = ADDS_UNDER_EXPONENTIALS && pending && !is_cut && options.only_add();
+                if (only_adds) {
+                    settle();
+                    options.add(s, mask, 16 * warp);
+                    const bool is_done = softmax.try_step<T>(s, p, unit_log2);
+                    let_go_mask();
+                    if (is_done) return;
+                } else {
+                    options.apply(s, j, is_cut, shows, mask, 16 * warp);
+                    let_go_mask();
+                }
+                if (!TELLS && !LOOKS_AHEAD) look();
+                if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
                 constexpr bool IS_LATE = OVERLAPS_P_V || MASK == mask_class::general;
                 if (!IS_LATE) settle();
                 softmax.step<T>(s, p, out, unit_log2, [&] {

@@ -58,13 +58,25 @@ template <class T, class MaskTiles> struct score_options {
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
             }
-            masks.add(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
+            masks.template add<false>(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
             if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
         }
         if (args.attn_mask.dtype == FC_BOOL && shows != shown::all) masks.hide(s, mask, first_row);
         if (!is_cut) return;
 #pragma unroll
         for (int r = 0; r < 2; r++) hide(s, r, visible_columns(all, row, column, r));
+    }
+
+    /* Is all that a tile needs, unless it is cut, an attn_mask of the query's dtype? Then add() does it, in few
+     * instructions without a branch. */
+    __device__ __forceinline__ bool only_add() const
+    {
+        return NATURAL && options.softcap == 0 && args.alibi_slopes.dtype == FC_NONE &&
+               args.attn_mask.dtype == T::dtype;
+    }
+    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], const uint8_t *mask, int first_row) const
+    {
+        masks.template add<true>(s, options.scale, mask, first_row);
     }
 
   private:

@@ -10,8 +10,9 @@
  * tile's own sum says that some score passed the reference by far is its maximum looked for, out rescaled and the tile
  * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
  *
- * General calls take the classical step always: a bias often leaves a row one key, whose weight must then be 1 to the
- * last bit, as only the maximum's own is. (To a row with one key in a mask of bools that key is the reference.)
+ * General calls take the classical step: a bias often leaves a row one key, whose weight must then be 1 to the last
+ * bit, as only the maximum's own is. (To a row with one key in a mask of bools that key is the reference.) Where a bias
+ * is all that is added, they try later tiles by the reference at hand, and divide by the sum of weights as rounded.
  */
 #ifndef FC_HOPPER_SOFTMAX_CUH
 #define FC_HOPPER_SOFTMAX_CUH
@@ -42,9 +43,10 @@ struct online_softmax {
 
     float reference[2]; /* in the units of s */
     float sum[2];       /* this thread's part of the sum of exp(score - reference) */
+    float weights[2];   /* the same of the weights by which values were multiplied, where those may be rounded ones */
     float offset[2];    /* log2(e) * reference in natural units, or NaN where that would round too much (take_offset) */
 
-    __device__ __forceinline__ online_softmax() : reference{NOTHING, NOTHING}, sum{0, 0}, offset{} {}
+    __device__ __forceinline__ online_softmax() : reference{NOTHING, NOTHING}, sum{0, 0}, weights{0, 0}, offset{} {}
 
     /* For a row that has seen nothing: any of its scores will do that is not far below the largest, so the largest of a
      * few. The few are a tile's first keys, of which a causal row sees at least one. */
@@ -79,6 +81,7 @@ struct online_softmax {
             take_offset(unit_log2);
             if (__any_sync(0xffffffffu, isnan(offset[0] + offset[1]))) subtract_reference(s);
             weigh<T>(s, p, tile_sum, unit_log2);
+            take_offset(unit_log2); /* for try_step() */
         } else {
             uint32_t next[COUNT / 2];
             weigh<T>(s, next, tile_sum, unit_log2);
@@ -92,11 +95,35 @@ struct online_softmax {
                 take_offset(unit_log2);
             }
         }
-        sum[0] += tile_sum[0];
-        sum[1] += tile_sum[1];
+        add_sums(tile_sum, tile_sum);
+    }
+
+    /*
+     * The same of a later tile of a general call, by the reference at hand and without looking for a maximum; false,
+     * and only p has changed, where some score passed it by far: then step() is to be taken. A weight that is not the
+     * maximum's is rounded, so that such weights are summed as rounded: then a key that outweighs all has its value to
+     * the last bit.
+     */
+    template <class T, int COUNT>
+    __device__ __forceinline__ bool try_step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float unit_log2)
+    {
+        float tile_sum[2], tile_weights[2];
+        weigh<T>(s, p, tile_sum, unit_log2, &tile_weights);
+        if (!__all_sync(0xffffffffu, tile_sum[0] < MOST && tile_sum[1] < MOST)) return false; /* or NaN */
+        add_sums(tile_sum, tile_weights);
+        return true;
     }
 
   private:
+    __device__ __forceinline__ void add_sums(const float (&tile_sum)[2], const float (&tile_weights)[2])
+    {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            sum[r] += tile_sum[r];
+            weights[r] += tile_weights[r];
+        }
+    }
+
     /* The classical step's first half: the reference becomes the maximum so far, and sum and out follow it. */
     template <int COUNT, int OUT, class Settle>
     __device__ __forceinline__ void take_maximum(const float (&s)[COUNT], float (&out)[OUT], float unit_log2,
@@ -120,6 +147,7 @@ struct online_softmax {
             for (int r = 0; r < 2; r++) {
                 shrink[r] = ex2_approx_ftz((reference[r] - next[r]) * unit_log2);
                 sum[r] *= shrink[r];
+                weights[r] *= shrink[r];
                 reference[r] = next[r];
             }
         }
@@ -154,11 +182,12 @@ struct online_softmax {
         offset[0] = offset[1] = 0;
     }
 
-    /* p = exp(unit * s - offset) and its sums. */
+    /* p = exp(unit * s - offset) and its sums, and those of p as it is rounded. */
     template <class T, int COUNT>
     __device__ __forceinline__ void weigh(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&tile_sum)[2],
-                                          float unit_log2) const
+                                          float unit_log2, float (*rounded)[2] = nullptr) const
     {
+        float low[2] = {}, high[2] = {};
         float first[2] = {}, second[2] = {}; /* two chains: a warp is alone on its scheduler with their latency */
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
@@ -168,9 +197,16 @@ struct online_softmax {
             first[r] += x;
             second[r] += y;
             p[i / 2] = pack<T>(x, y);
+            if (rounded != nullptr) {
+                low[r] += T::to_float((uint16_t)p[i / 2]);
+                high[r] += T::to_float((uint16_t)(p[i / 2] >> 16));
+            }
         }
-        tile_sum[0] = first[0] + second[0];
-        tile_sum[1] = first[1] + second[1];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            tile_sum[r] = first[r] + second[r];
+            if (rounded != nullptr) (*rounded)[r] = low[r] + high[r];
+        }
     }
 };
 

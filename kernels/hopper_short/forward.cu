@@ -229,7 +229,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     };
 
     fc::out_rows<T> rows;
-    const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
+    const auto finish = [&] { rows = fc::out_rows<T>(softmax, nullptr, unit, args, work, row); };
     /* Tiles of keys that these rows do not see. */
     const auto pass = [&](int tiles) {
 #pragma unroll 1

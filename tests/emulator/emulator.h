@@ -98,6 +98,7 @@ struct emulator_warpgroup {
     std::array<const uint32_t *, 128> a;
     std::vector<std::function<void()>> issued;             /* products, not yet of a group */
     std::deque<std::vector<std::function<void()>>> groups; /* not yet waited for, the oldest first */
+    std::array<size_t, 128> pending = {};                  /* of these, by each fiber */
 };
 emulator_warp &emulator_this_warp();
 emulator_warpgroup &emulator_this_warpgroup();

@@ -19,14 +19,19 @@ inline void wgmma_fence() {}
 inline void wgmma_commit()
 {
     emulator_warpgroup &all = emulator_this_warpgroup();
+    all.pending[threadIdx.x % 128]++;
     emulator_meet(all.meeting, 128, [&] {
         all.groups.push_back(std::move(all.issued));
         all.issued.clear();
     });
 }
+/* Waits have no partners: a warp may wait again for what it has waited for. */
 template <int PENDING> void wgmma_wait()
 {
     emulator_warpgroup &all = emulator_this_warpgroup();
+    size_t &pending = all.pending[threadIdx.x % 128];
+    if (pending <= PENDING) return;
+    pending = PENDING;
     emulator_give_way();
     emulator_meet(all.meeting, 128, [&] {
         for (; all.groups.size() > PENDING; all.groups.pop_front())
