@@ -323,6 +323,18 @@ def test_scores_that_leap(hopper: Any, options: dict[str, Any]) -> None:
     _check(hopper, q, k, v, **options)
 
 
+@pytest.mark.parametrize("leap", [8.0, 40.0, 400.0])  # within what the reference lets pass, beyond it, beyond float32
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_bias_that_leaps(hopper: Any, dtype: str, dim: int, leap: float) -> None:
+    """Keys are walked from the last: by a bias a tile that comes later outweighs those before it, in some rows."""
+    q, k, v = _qkv(130, 450, dim, dtype=dtype)
+    bias = np.zeros((1, 1, 130, 450), np.float32)
+    bias[:, :, ::3, 200] = leap
+    bias[:, :, 1::3, 20] = leap
+    _check(hopper, q, k, v, attn_mask=cases.place(bias.astype(DTYPES[dtype])))
+
+
 @given(
     case=problems().map(lambda case: replace(case, dropout_p=0.0)),
     dtype=st.sampled_from(HALVES),
