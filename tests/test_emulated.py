@@ -335,6 +335,17 @@ def test_a_bias_that_leaps(hopper: Any, dtype: str, dim: int, leap: float) -> No
     _check(hopper, q, k, v, attn_mask=cases.place(bias.astype(DTYPES[dtype])))
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_equal_values_under_a_weight_that_rounds(hopper: Any, dim: int) -> None:
+    """The mean of equal values is that value, to the last bit. One key has exp(9.046875) = 8492.0 times the weight of
+    the one that is seen before it, and float16 holds 8488 and 8496: 2^-11 of it, which moves values just below 2."""
+    q, k, v = _qkv(130, 450, dim)
+    q[:], v[:] = 0, 2 - 2**-10
+    bias = np.full((1, 1, 130, 450), -np.inf, np.float16)
+    bias[..., 440], bias[..., 380] = 0, 9.046875  # in the last tile, and in the one before it
+    _check(hopper, q, k, v, attn_mask=cases.place(bias))
+
+
 @given(
     case=problems().map(lambda case: replace(case, dropout_p=0.0)),
     dtype=st.sampled_from(HALVES),
