@@ -205,6 +205,19 @@ def test_a_conclusion_is_printed_stored_and_decides(ask, monkeypatch):
     assert written["conclusion"] == {"lines": ["all in all"], "passed": False, "facts": {"of": 1}}
 
 
+def test_a_sample_takes_as_long_as_asked(ask, monkeypatch):
+    efforts = []
+
+    def measure(job):
+        efforts.append(job.effort)
+        return {"flashcore": {"us": 1.0}}
+
+    monkeypatch.setattr(cpu, "QUESTION", dataclasses.replace(cpu.QUESTION, measure=measure))
+    ask(correct)
+    ask(correct, "--sample-ms", "20")
+    assert [effort.sample_us for effort in efforts] == [timers.QUICK.sample_us, 20_000]
+
+
 def test_geometric_mean():
     assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
