@@ -4,7 +4,8 @@ FlashAttention-3.
 
 The grid is 16,384 tokens of hidden size 2048 (batch * seqlen = 16,384, heads * head_dim = 2048) in float16; below it
 are large and long shapes. Causal counts half the operations. Each figure is the median over CUDA graphs of many calls
-on input sets that together exceed the L2 cache, all contenders timed in turn.
+on input sets that together exceed the L2 cache, all contenders timed in turn. Below the tables: the geometric mean of
+each head_dim and mask.
 """
 
 import argparse

@@ -32,6 +32,11 @@ class Table:
         return " / ".join(self.form.format(figures[metric]) for metric in self.metrics if metric in figures)
 
 
+def ours(result: dict) -> dict:
+    """Our figures; {} where we were not asked."""
+    return next((figures for figures in result["contenders"].values() if figures["kind"] == "ours"), {})
+
+
 def compare(result: dict, table: Table) -> tuple[str | None, float | None]:
     """The best peer's name, and how many times better than it we are (above 1: better), by one table's metric."""
     peers = {
@@ -39,13 +44,13 @@ def compare(result: dict, table: Table) -> tuple[str | None, float | None]:
         for name, figures in result["contenders"].items()
         if figures["kind"] == "peer" and table.value(figures) is not None
     }
-    ours = next((table.value(figures) for figures in result["contenders"].values() if figures["kind"] == "ours"), None)
     if not peers:
         return None, None
     best = (max if table.higher_is_better else min)(peers, key=peers.get)
-    if ours is None or min(ours, peers[best]) <= 0:  # a difference of times may come out negative
+    own = table.value(ours(result))
+    if own is None or min(own, peers[best]) <= 0:  # a difference of times may come out negative
         return best, None
-    return best, ours / peers[best] if table.higher_is_better else peers[best] / ours
+    return best, own / peers[best] if table.higher_is_better else peers[best] / own
 
 
 def judge(result: dict, table: Table, bar: dict | None) -> None:
@@ -58,22 +63,22 @@ def judge(result: dict, table: Table, bar: dict | None) -> None:
     if bar is None:
         return
     result["bar"] = bar
-    refused = all("us" not in figures for figures in result["contenders"].values() if figures["kind"] == "ours")
     ratio = of_bar(result)
-    # A bar set by a peer that is not there cannot be judged: neither passed nor missed.
-    result["passed"] = False if refused else None if ratio is None else ratio >= 1
+    if "us" not in ours(result):
+        result["passed"] = False
+    else:  # a bar set by a peer that is not there cannot be judged: neither passed nor missed
+        result["passed"] = None if ratio is None else ratio >= 1
 
 
 def of_bar(result: dict) -> float | None:
     """How many times as fast as its bar a row is. None where it has none, or the bar's peer or we did not run."""
-    bar, contenders = result.get("bar"), result["contenders"]
-    ours = next((figures for figures in contenders.values() if figures["kind"] == "ours"), {})
-    if bar is None or "us" not in ours:
+    bar, us = result.get("bar"), ours(result).get("us")
+    if bar is None or us is None:
         return None
     if "us" in bar:
-        return bar["us"] / ours["us"]
-    peer = contenders.get(bar.get("peer", result["best"]), {})
-    return peer["us"] / ours["us"] / bar["speed"] if "us" in peer else None
+        return bar["us"] / us
+    peer = result["contenders"].get(bar.get("peer", result["best"]), {})
+    return peer["us"] / us / bar["speed"] if "us" in peer else None
 
 
 def read_bars(given: str | None, rows: list[str]) -> dict[str, dict]:
@@ -177,8 +182,8 @@ def plot(path: pathlib.Path, results: list[dict], table: Table, caption: str) ->
             points = [(r["x"], table.value(r["contenders"].get(name, {}))) for r in here]
             points = [point for point in points if point[1] is not None]
             if points:
-                ours = here[0]["contenders"][name]["kind"] == "ours"
-                axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, linewidth=2.5 if ours else 1)
+                is_ours = here[0]["contenders"][name]["kind"] == "ours"
+                axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, linewidth=2.5 if is_ours else 1)
         axis.set_xscale("log", base=2)
         axis.set_title(panel)
         axis.grid(alpha=0.3)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import capi
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 import reference
 from devices import fetch, same_bits
+from processes import run_python
 
 import flashcore
 
@@ -41,19 +39,6 @@ def _nothing_left_behind() -> Iterator[None]:
     """An error that a kernel leaves in the stream must fail the test that made it, not the next one."""
     yield
     torch.cuda.synchronize()
-
-
-def run_python(code: str, **environment: str) -> str:
-    package = Path(flashcore.__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": str(package), **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # Beside PyTorch
@@ -261,7 +246,7 @@ print("fine")
 
 @pytest.mark.parametrize("head_dim,dtype", [(64, "float16"), (128, "bfloat16"), (256, "float32")])
 def test_graph_capture_as_the_first_call(head_dim: int, dtype: str) -> None:
-    assert "fine" in run_python(FIRST_CALL.format(head_dim=head_dim, dtype=dtype), FLASHCORE_SLOW="allow")
+    assert "fine" in run_python(FIRST_CALL.format(head_dim=head_dim, dtype=dtype), timeout=180, FLASHCORE_SLOW="allow")
 
 
 def test_a_refusal_does_not_break_a_capture() -> None:
@@ -532,11 +517,11 @@ else:
 
 
 def test_slow_calls_warn_once() -> None:
-    said = run_python(SLOW, FLASHCORE_SLOW="warn").strip()
+    said = run_python(SLOW, timeout=180, FLASHCORE_SLOW="warn").strip()
     if said == "not slow":
         pytest.skip("this architecture has no fast kernels of its own")
     assert said == "1 [True]"
-    assert run_python(SLOW, FLASHCORE_SLOW="allow").strip() == "0 []"
+    assert run_python(SLOW, timeout=180, FLASHCORE_SLOW="allow").strip() == "0 []"
 
 
 def test_slow_calls_can_be_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import fuzz_importers
 import numpy as np
 import pytest
 from devices import same_bits
+from processes import run_python
 
 import flashcore
 
@@ -24,20 +24,6 @@ import flashcore
 def qkv(batch: int = 2, rows: int = 5, dim: int = 16, seed: int = 42) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((batch, 3, rows, dim)).astype(np.float32) for _ in range(3)]
-
-
-def run_python(code: str, timeout: float = 60, **environment: str) -> str:
-    """A fresh process that finds the same flashcore."""
-    package = Path(flashcore.__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(package), **environment},
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 # References and memory

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from devices import fetch, same_bits
+from processes import run_python
 
 import flashcore
 
@@ -307,4 +306,4 @@ assert out.stride() == q.stride()
 torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
 assert len(calls) == ({broken!r} == "counted")
 """
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    run_python(code)

@@ -12,7 +12,7 @@
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
  * up to 128 columns wait for q.k alone, and for p.v only before out and the weights are touched; so do general calls,
- * which do need the maximum and look for it meanwhile.
+ * which look for the maximum meanwhile, but where a bias alone is added.
  *
  * Who waits for whom stands in block.cuh.
  */
