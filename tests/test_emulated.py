@@ -196,6 +196,18 @@ def _padding(keys: int) -> Array:
     return np.arange(keys) < [[[[90]]]]
 
 
+def _middle(keys: int) -> Array:
+    return (np.arange(keys) >= 80) & (np.arange(keys) < [[[[208]]]])
+
+
+def _added(shown: Array, **values: float) -> Array:
+    """0 where shown, or at key k what k says."""
+    mask = np.where(shown, 0, -np.inf).astype(np.float16)
+    for key, value in values.items():
+        mask[..., int(key[1:])] = value
+    return mask
+
+
 def _blocks(rows: int, keys: int) -> Array:
     return np.arange(rows)[:, None] // 130 == np.arange(keys) // 130
 
@@ -204,6 +216,13 @@ MASKS: dict[str, Callable[[int, int], Array]] = {
     "padding": lambda rows, keys: _padding(keys),
     "padding_left": lambda rows, keys: ~_padding(keys),
     "all_hidden": lambda rows, keys: np.zeros((1, 1, 1, keys), bool),
+    "middle": lambda rows, keys: _middle(keys),
+    "middle_with_a_hole": lambda rows, keys: _middle(keys) & (np.arange(keys) != 130),
+    "middle_and_a_far_key": lambda rows, keys: _middle(keys) | (np.arange(keys) == 380),
+    "middle_of_float": lambda rows, keys: _added(_middle(keys)),
+    "middle_of_float_with_a_hole": lambda rows, keys: _added(_middle(keys), k140=-np.inf),
+    "middle_of_float_with_a_bias": lambda rows, keys: _added(_middle(keys), k150=3.0),
+    "middle_of_float_below_0": lambda rows, keys: _added(_middle(keys), k80=-0.0, k150=-0.0),
     "one_key": lambda rows, keys: np.arange(keys).reshape(1, 1, 1, keys) == keys // 2,
     "blocks": _blocks,
     "blocks_of_float": lambda rows, keys: np.where(_blocks(rows, keys), 0, -np.inf).astype(np.float16),
@@ -237,9 +256,11 @@ def test_masks(hopper: Any, name: str, dim: int, keys: int, options: dict[str, A
 def test_one_block_works_on_many_padded_sequences(
     hopper: Any, dim: int, dtype: str, keys: int, options: dict[str, Any]
 ) -> None:
-    """Each has its own length, one none: what a block finds of one sequence's mask must not reach the next."""
+    """Each has its own length, one none, one a hole, one no first keys: what a block finds of one sequence's mask must
+    not reach the next."""
     lengths = np.array([keys, 5, 190, 0, 129, 64])[:, None, None, None]
     shown = np.arange(keys) < lengths
+    shown[2, ..., 50] = shown[4, ..., :20] = False
     q, k, v = (_normal(6, 2, n, dim, seed=seed) for seed, n in enumerate((260, keys, keys)))
     mask = shown if dtype == "bool" else np.where(shown, 0, -np.inf).astype(dtype)
     _check(hopper, q, k, v, attn_mask=cases.place(mask), num_sms=1, **options)

@@ -31,10 +31,14 @@ namespace fc {
 /* Does any of the numbers in these 32 bits? */
 template <class M> __device__ __forceinline__ bool shows_any(uint32_t word)
 {
-    return word != (M::dtype == FC_FLOAT32 ? 0xff800000u : M::dtype == FC_FLOAT16 ? 0xfc00fc00u : 0xff80ff80u);
+    return word != (M::dtype == FC_BOOL      ? 0
+                    : M::dtype == FC_FLOAT32 ? 0xff800000u
+                    : M::dtype == FC_FLOAT16 ? 0xfc00fc00u
+                                             : 0xff80ff80u);
 }
 
-/* What a tile of a mask leaves of its keys. Numbers that are added are some, where any is not -inf. */
+/* What a tile of a mask leaves of its keys. Numbers that are added are some, where any is not -inf; all, if they are
+ * known to be 0. */
 enum class shown { none, some, all };
 
 /* Of a tile. */
@@ -153,12 +157,14 @@ template <class T, int ROWS> struct mask_tiles {
     }
 
     /* s in natural units = unit * s + the mask, where it is of floats. For a warp whose sixteen rows begin with the
-     * tile's row first_row. IS_OWN: the mask is known to be of dtype T. */
+     * tile's row first_row. IS_OWN: the mask is known to be of dtype T. shows: what the mask leaves of the tile; where
+     * that is all, it adds nothing, and is not read. */
     template <bool IS_OWN>
-    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, const uint8_t *tile, int first_row) const
+    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, shown shows, const uint8_t *tile,
+                                        int first_row) const
     {
         const int lane = threadIdx.x % 32;
-        if (IS_OWN || mask.dtype == T::dtype) {
+        if (shows != shown::all && (IS_OWN || mask.dtype == T::dtype)) {
             /* Lane 8 m + i says where row i of matrix m lies, of four: pieces c and c + 1 of two times eight rows. */
             const uint32_t from = shared_address(tile) + place<T>(params.by_row ? first_row + lane % 16 : 0, lane / 16);
 #pragma unroll
@@ -174,9 +180,11 @@ template <class T, int ROWS> struct mask_tiles {
             }
             return;
         }
+        if (unit != 1) {
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= unit;
-        if (mask.dtype == FC_FLOAT32) {
+            for (int i = 0; i < BLOCK_N / 2; i++) s[i] *= unit;
+        }
+        if (shows != shown::all && mask.dtype == FC_FLOAT32) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int t = lane % 4;

@@ -10,6 +10,8 @@
  *     value_full, value_empty: likewise, p.v
  *     out_full[w]            every warp of warpgroup w                            rooms[w] names its finished rows
  *     out_empty[w]           the thread that has them copied                      rooms[w] may name others
+ *     found_full             the first warp that copies attn_mask                 known says which keys a tile is shown
+ *     found_empty            the others that do, and the copying thread           it may say so of the next tile
  *     mask_full[w][stage]    its copies, or each lane that copied                 w's rows of attn_mask may be read
  *     mask_told[w][stage]    general: the warp that copied                        mask_shows says what they show
  *     mask_empty[w][stage]   every warp of w (where lanes copy, each lane)        they may be overwritten
@@ -42,11 +44,14 @@ using T = fc::FC_DTYPE;
 /* One warpgroup for the copies, the others compute. */
 constexpr int WARPGROUPS = THREADS / 128 - 1;
 static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
-static_assert(!HAS_MASKS || WARPGROUPS <= 3, "a copying warp for each, beside the one of query and keys");
+
+/* Of attn_mask: one for each computing warpgroup, as far as there are any beside the one of query and keys. */
+constexpr int MASK_WARPS = WARPGROUPS < 4 ? WARPGROUPS : 3;
+static_assert(MASK != mask_class::general || MASK_WARPS == WARPGROUPS, "a warp that looks has one to tell");
 
 /* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
  * warpgroup keeps some, and the others share the rest. To look through a mask takes more than to copy. */
-constexpr int PRODUCER_REGISTERS = MASK == mask_class::unbiased  ? (WARPGROUPS == 3 ? 32 : 56)
+constexpr int PRODUCER_REGISTERS = MASK == mask_class::unbiased  ? (WARPGROUPS >= 3 ? 32 : 56)
                                    : MASK == mask_class::general ? (WARPGROUPS == 2 ? 72 : 80)
                                    : WARPGROUPS == 2             ? 40
                                    : WARPGROUPS == 3             ? 32
@@ -86,14 +91,15 @@ struct shared_memory {
     alignas(1024) T::element key[KEY_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) T::element value[VALUE_STAGES][SLABS][BLOCK_N][64];
     alignas(1024) uint8_t mask[WARPGROUPS][MASK_BYTES];
-    int first_shown[QUERY_STAGES], end_shown[QUERY_STAGES]; /* with query: tiles of keys that attn_mask leaves */
+    fc::shown_keys shown[QUERY_STAGES]; /* with query: what attn_mask leaves to all of its rows */
     out_room rooms[WARPGROUPS];
-    fc::shown_keys shown[1 + WARPGROUPS];          /* each copying warp's own */
+    fc::known_keys known;                          /* what the first of the warps that copy a mask found */
     fc::shown mask_shows[WARPGROUPS][MASK_STAGES]; /* with mask, of a general call */
     uint64_t query_full[QUERY_PARTS][QUERY_STAGES], query_empty[QUERY_PARTS][QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
     uint64_t out_full[WARPGROUPS], out_empty[WARPGROUPS];
+    uint64_t found_full, found_empty;
     uint64_t mask_full[WARPGROUPS][MASK_STAGES], mask_told[WARPGROUPS][MASK_STAGES];
     uint64_t mask_empty[WARPGROUPS][MASK_STAGES];
     uint32_t unused; /* fc::prefetch_params */
@@ -176,6 +182,8 @@ static __device__ __forceinline__ void init_barriers(const forward_params &param
         mbarrier_init(at(smem.out_full[w]), 4);
         mbarrier_init(at(smem.out_empty[w]), 1);
     }
+    mbarrier_init(at(smem.found_full), 1);
+    mbarrier_init(at(smem.found_empty), MASK_WARPS);
     for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
         for (int stage = 0; stage < MASK_STAGES; stage++) {
             mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));

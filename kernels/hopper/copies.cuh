@@ -12,15 +12,19 @@
 constexpr bool KEYS_ARE_AHEAD = !HAS_MASKS && HEAD_DIM > 64;
 static_assert(KEYS_ARE_AHEAD || (KEY_STAGES == VALUE_STAGES && !OUT_IN_VALUES), "one place in both rings");
 
-/* The copying thread, which a mask gives a warp to search with: brings, as room becomes free, what the consumers will
- * ask for. The first keys come before query, for whose room a tile's last q.k is waited for. */
+/* The copying thread: brings, as room becomes free, what the consumers will ask for. The first keys come before query,
+ * for whose room a tile's last q.k is waited for. */
 static __device__ __forceinline__ void produce(const forward_params &params, shared_memory &smem)
 {
     ring<QUERY_STAGES> queries;
     ring<KEY_STAGES> keys;
     ring<VALUE_STAGES> values;
+    ring<1> found;
     uint32_t round = 0;
     bool first = true;
+    const bool has_mask = HAS_MASKS && params.args.attn_mask.dtype != FC_NONE;
+    const bool is_by_key = has_mask && !params.mask->by_row;
+    fc::shown_keys shown = {0, params.schedule.seqlen_k, !has_mask};
     fc::tile_work work = {};
     /* A stage that out is to go through, behind the tile's last; of values it need not be there before the next tile's
      * first keys. */
@@ -40,8 +44,7 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
         };
         if (HAS_MASKS) {
             for (int part = 0; part < QUERY_PARTS; part++) wait_for_room(part);
-            smem.first_shown[queries.stage] = work.first;
-            smem.end_shown[queries.stage] = work.end;
+            smem.shown[queries.stage] = shown;
         }
         for (int part = 0; part < QUERY_PARTS; part++) {
             if (!HAS_MASKS) wait_for_room(part);
@@ -63,10 +66,12 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     };
     for (; fc::next_tile(params.schedule, round, work); first = false) {
         if (work.first == work.end) continue; /* the rows see no key */
-        if (HAS_MASKS) {
-            __syncwarp();
-            fc::narrow<T>(work, smem.shown[0], params.args.attn_mask, *params.mask, params.schedule);
-            if (threadIdx.x % 32 != 0) continue;
+        if (HAS_MASKS && is_by_key) {
+            mbarrier_wait(at(smem.found_full), found.phase);
+            shown = smem.known.shown;
+            mbarrier_arrive(at(smem.found_empty));
+            found.next();
+            fc::narrow(work, shown);
         }
         if (work.first == work.end) load_query();
         const int before_query =
@@ -91,28 +96,75 @@ static __device__ __forceinline__ void produce(const forward_params &params, sha
     leave_values();
 }
 
-/* A warp that brings attn_mask, of M, to a computing warpgroup, as there is room. In a general call it also tells of
- * one tile after another, as it has come, what it shows; the bools of others the warpgroup itself looks at. */
+/* A warp of the copying warpgroup: starts tile j of warpgroup w's rows of attn_mask when there is room. */
 template <class M>
-static __device__ __forceinline__ void bring_mask(const forward_params &params, shared_memory &smem,
-                                                  const mask_tiles &tiles, int warpgroup)
+static __device__ __forceinline__ void start_mask(const forward_params &params, shared_memory &smem,
+                                                  const mask_tiles &tiles, const fc::tile_work &work, int w, int j,
+                                                  ring<MASK_STAGES> &started)
+{
+    __syncwarp(); /* nobody is a round of the ring behind */
+    mbarrier_wait(at(smem.mask_empty[w][started.stage]), started.phase ^ 1);
+    tiles.template start<M>(mask_tile(smem, w, started.stage, M::dtype), at(smem.mask_full[w][started.stage]), work,
+                            work.row + 64 * w, j * BLOCK_N);
+    started.next(num_mask_stages(M::dtype));
+}
+
+/* Narrows a tile of rows to the keys that a mask shows it; false where there is nothing of the mask to bring. The first
+ * of the warps that copy a mask looks for them, and tells the others and the copying thread. */
+static __device__ __forceinline__ bool needs_mask(const forward_params &params, shared_memory &smem, int mask_warp,
+                                                  ring<1> &found, fc::tile_work &work)
+{
+    if (work.first == work.end || params.mask->by_row) return work.first < work.end;
+    const bool finds = mask_warp == 0;
+    mbarrier_wait(finds ? at(smem.found_empty) : at(smem.found_full), found.phase ^ finds);
+    if (finds) fc::know_shown<T>(smem.known, work, params.args.attn_mask, *params.mask, params.schedule);
+    const bool needs = __any_sync(0xffffffffu, !smem.known.shown.is_plain);
+    fc::narrow(work, smem.known.shown);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(finds ? at(smem.found_full) : at(smem.found_empty));
+    found.next();
+    return needs;
+}
+
+/* A warp that brings bools, to as many warpgroups as there are for it. */
+static __device__ __forceinline__ void bring_bools(const forward_params &params, shared_memory &smem,
+                                                   const mask_tiles &tiles, int mask_warp)
+{
+    constexpr int EACH = (WARPGROUPS + MASK_WARPS - 1) / MASK_WARPS;
+    ring<1> found;
+    ring<MASK_STAGES> started[EACH];
+    uint32_t round = 0;
+    fc::tile_work work = {};
+    while (fc::next_tile(params.schedule, round, work)) {
+        if (!needs_mask(params, smem, mask_warp, found, work)) continue;
+#pragma unroll 1
+        for (int j = work.end - 1; j >= work.first; j--) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int w = mask_warp + i * MASK_WARPS;
+                const fc::rows_view view(params.schedule, work, w);
+                if (w < WARPGROUPS && j >= view.first && j < view.end)
+                    start_mask<fc::boolean>(params, smem, tiles, work, w, j, started[i]);
+            }
+        }
+    }
+}
+
+/* A warp that brings attn_mask, of M, in a general call to its computing warpgroup, as there is room, and tells of one
+ * tile after another, as it has come, what it shows. (Bools of others the warpgroup itself looks at.) */
+template <class M>
+static __device__ __forceinline__ void bring_and_tell(const forward_params &params, shared_memory &smem,
+                                                      const mask_tiles &tiles, int warpgroup)
 {
     constexpr int NUM_STAGES = num_mask_stages(M::dtype);
     const int lane = threadIdx.x % 32;
+    ring<1> found;
     ring<MASK_STAGES> started, told;
     uint32_t round = 0;
     fc::tile_work work = {};
     const auto has_room = [&] {
         const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
         return __all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1));
-    };
-    const auto start = [&](int j) {
-        __syncwarp(); /* nobody is a round of the ring behind */
-        mbarrier_wait(at(smem.mask_empty[warpgroup][started.stage]), started.phase ^ 1);
-        tiles.template start<M>(mask_tile(smem, warpgroup, started.stage, M::dtype),
-                                at(smem.mask_full[warpgroup][started.stage]), work, work.row + 64 * warpgroup,
-                                j * BLOCK_N);
-        started.next(NUM_STAGES);
     };
     const auto tell = [&](int j) {
         mbarrier_wait(at(smem.mask_full[warpgroup][told.stage]), told.phase);
@@ -124,14 +176,14 @@ static __device__ __forceinline__ void bring_mask(const forward_params &params, 
         told.next(NUM_STAGES);
     };
     while (fc::next_tile(params.schedule, round, work)) {
-        if (work.first < work.end)
-            fc::narrow<T>(work, smem.shown[1 + warpgroup], params.args.attn_mask, *params.mask, params.schedule);
+        if (!needs_mask(params, smem, warpgroup, found, work)) continue;
         const fc::rows_view view(params.schedule, work, warpgroup);
         int next = view.end - 1; /* to be started */
 #pragma unroll 1
         for (int j = next; j >= view.first; j--) {
-            while (next >= view.first && (next == j || (TELLS && next > j - NUM_STAGES && has_room()))) start(next--);
-            if (TELLS) tell(j);
+            while (next >= view.first && (next == j || (next > j - NUM_STAGES && has_room())))
+                start_mask<M>(params, smem, tiles, work, warpgroup, next--, started);
+            tell(j);
         }
     }
 }

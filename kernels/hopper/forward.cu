@@ -72,7 +72,7 @@ constexpr bool VALUES_ARE_LATE = HEAD_DIM <= 64 && !OVERLAPS_P_V && MASK != mask
 constexpr bool LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
 /* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use: they
  * wait for p.v together with q.k. */
-constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS == 3;
+constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS >= 3;
 static_assert(HANDS_ON != hands_on::after_both || !HAS_MASKS || SETTLES_FIRST, "or nobody hands the turn on");
 
 /* Does a general call that only adds attn_mask do so under the exponentials, by the reference at hand
@@ -106,7 +106,6 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     ring<1> outs;
     ring<MASK_STAGES> masks, looked; /* done with; looked at */
     const mask_tiles tiles(args.attn_mask, *params.mask, params.schedule);
-    const bool has_mask = MASK == mask_class::unbiased || args.attn_mask.dtype != FC_NONE;
     const auto wait_for = [&](const uint64_t *full, const auto &stages) {
         mbarrier_wait(at(full[stages.stage]), stages.phase);
     };
@@ -235,11 +234,15 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     while (fc::next_tile(params.schedule, round, work)) {
         const bool has_query = work.first < work.end;
         if (has_query) wait_for(smem.query_full[part], queries);
+        fc::shown_keys shown = {};
         if (has_query && HAS_MASKS) {
-            work.first = __shfl_sync(0xffffffffu, smem.first_shown[queries.stage], 0);
-            work.end = __shfl_sync(0xffffffffu, smem.end_shown[queries.stage], 0);
+            shown.first = __shfl_sync(0xffffffffu, smem.shown[queries.stage].first, 0);
+            shown.end = __shfl_sync(0xffffffffu, smem.shown[queries.stage].end, 0);
+            shown.is_plain = __all_sync(0xffffffffu, smem.shown[queries.stage].is_plain);
+            fc::narrow(work, shown);
         }
-        const fc::rows_view view(params.schedule, work, warpgroup);
+        fc::rows_view view(params.schedule, work, warpgroup);
+        if (HAS_MASKS) view.leave_keys(shown.first, shown.end);
         const int row = work.row + thread_row;
         const std::true_type yes;
         const std::false_type no;
@@ -261,7 +264,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
             bool sees_next = false;
             const auto look = [&] {
                 sees_next = j > view.first;
-                if (!sees_next || !has_mask) return;
+                if (!sees_next || shown.is_plain) return;
                 wait_for(TELLS ? smem.mask_told[warpgroup] : smem.mask_full[warpgroup], looked);
                 if (TELLS) {
                     if (lane == 0) next = smem.mask_shows[warpgroup][looked.stage];
@@ -282,7 +285,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 shows = next;
             };
             const auto let_go_mask = [&] {
-                if (!has_mask) return;
+                if (shown.is_plain) return;
                 __syncwarp();
                 if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_empty[warpgroup][masks.stage]));
                 masks.next(num_mask_stages(args.attn_mask.dtype));
@@ -301,12 +304,17 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 const bool only_adds = ADDS_UNDER_EXPONENTIALS && pending && !is_cut && options.only_add();
                 if (only_adds) {
                     settle();
-                    options.add(s, mask, 16 * warp);
+                    options.add(s, shows, mask, 16 * warp);
                     const bool is_done = softmax.try_step<T>(s, p, unit_log2);
                     let_go_mask();
                     if (is_done) return;
                 } else {
-                    options.apply(s, j, is_cut, shows, mask, 16 * warp);
+                    const auto left = [&](int column) { /* read again: no registers */
+                                                        const fc::shown_keys &keys = smem.shown[queries.stage];
+                                                        return fc::columns_between(keys.first - column,
+                                                                                   keys.end - column);
+                    };
+                    options.apply(s, j, is_cut, left, shows, mask, 16 * warp);
                     let_go_mask();
                 }
                 if (!TELLS && !LOOKS_AHEAD) look();
@@ -451,7 +459,7 @@ static __global__ __launch_bounds__(THREADS,
             prefetch_tensormap(&params.value);
             if (COPIES_OUT && params.out->is_mapped) prefetch_tensormap(&params.out->map);
             init_barriers(params, smem);
-            for (int w = 0; w < (HAS_MASKS ? 1 + WARPGROUPS : 0); w++) smem.shown[w].row = -1;
+            smem.known.row = -1;
         }
         __syncwarp();
         bar_arrive(READY, THREADS);
@@ -472,10 +480,16 @@ static __global__ __launch_bounds__(THREADS,
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (warp == 0) {
-            if (HAS_MASKS || threadIdx.x % 32 == 0) produce(params, smem);
-        } else if (HAS_MASKS && warp <= WARPGROUPS && params.args.attn_mask.dtype != FC_NONE) {
+            if (threadIdx.x % 32 == 0) produce(params, smem);
+        } else if (HAS_MASKS && warp <= MASK_WARPS && params.args.attn_mask.dtype != FC_NONE) {
             const mask_tiles tiles(params.args.attn_mask, *params.mask, params.schedule);
-            tiles.with_dtype([&](auto m) { bring_mask<decltype(m)>(params, smem, tiles, warp - 1); });
+            tiles.with_dtype([&](auto m) {
+                if constexpr (TELLS) {
+                    bring_and_tell<decltype(m)>(params, smem, tiles, warp - 1);
+                } else {
+                    bring_bools(params, smem, tiles, warp - 1);
+                }
+            });
         } else if (COPIES_OUT && threadIdx.x % 32 == 0 && params.out->is_mapped) {
             store_out(params, smem, warp - 1);
         }

@@ -47,9 +47,11 @@ template <class T, class MaskTiles> struct score_options {
             slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
-    /* is_cut: the band or the end of the keys hides some of the tile. shows: what attn_mask leaves of it. mask,
-     * first_row: as mask_tiles::add() takes them. */
-    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, shown shows,
+    /* is_cut: the band, the end of the keys or left() hides some of the tile: called with this thread's first column,
+     * that gives a bit for each of its columns that are left to all rows (columns_below). shows, mask, first_row: as
+     * mask_tiles::add() takes them. */
+    template <class Left>
+    __device__ __forceinline__ void apply(float (&s)[BLOCK_N / 2], int tile, bool is_cut, Left left, shown shows,
                                           const uint8_t *mask, int first_row) const
     {
         const int column = tile * BLOCK_N + threadIdx.x % 4 * 2;
@@ -58,13 +60,14 @@ template <class T, class MaskTiles> struct score_options {
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
             }
-            masks.template add<false>(s, options.softcap != 0 ? 1 : options.scale, mask, first_row);
+            masks.template add<false>(s, options.softcap != 0 ? 1 : options.scale, shows, mask, first_row);
             if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
         }
         if (args.attn_mask.dtype == FC_BOOL && shows != shown::all) masks.hide(s, mask, first_row);
         if (!is_cut) return;
+        const uint32_t columns = left(column);
 #pragma unroll
-        for (int r = 0; r < 2; r++) hide(s, r, visible_columns(all, row, column, r));
+        for (int r = 0; r < 2; r++) hide(s, r, visible_columns(all, row, column, r) & columns);
     }
 
     /* Is all that a tile needs, unless it is cut, an attn_mask of the query's dtype? Then add() does it, in few
@@ -74,9 +77,9 @@ template <class T, class MaskTiles> struct score_options {
         return NATURAL && options.softcap == 0 && args.alibi_slopes.dtype == FC_NONE &&
                args.attn_mask.dtype == T::dtype;
     }
-    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], const uint8_t *mask, int first_row) const
+    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], shown shows, const uint8_t *mask, int first_row) const
     {
-        masks.template add<true>(s, options.scale, mask, first_row);
+        masks.template add<true>(s, options.scale, shows, mask, first_row);
     }
 
   private:

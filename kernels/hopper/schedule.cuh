@@ -125,6 +125,13 @@ struct rows_view {
         first_whole = max(first, (first_whole_key + BLOCK_N - 1) / BLOCK_N);
         end_whole = max(first, end_whole_key / BLOCK_N);
     }
+
+    /* All others are hidden from all rows. */
+    __device__ __forceinline__ void leave_keys(int first_key, int end_key)
+    {
+        first_whole = max(first_whole, (first_key + BLOCK_N - 1) / BLOCK_N);
+        end_whole = min(end_whole, end_key / BLOCK_N);
+    }
 };
 
 } // namespace fc

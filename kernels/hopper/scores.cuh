@@ -26,12 +26,18 @@ __device__ __forceinline__ uint32_t columns_below(int end)
     return count < 32 ? (1u << count) - 1 : 0xffffffffu;
 }
 
+/* The same of columns first .. end - 1. */
+__device__ __forceinline__ uint32_t columns_between(int first, int end)
+{
+    return columns_below(end) & ~columns_below(first);
+}
+
 /* What the band and the end of the keys leave of row g + 8 r. row: this thread's first; key: the tile's, plus 2 t. */
 __device__ __forceinline__ uint32_t visible_columns(const schedule &all, int row, int key, int r)
 {
     const int corner = row + 8 * r - key, end = all.seqlen_k - key;
     if (MASK == mask_class::full) return columns_below(end);
-    return columns_below(min(end, corner + all.band_right + 1)) & ~columns_below(corner + all.band_left);
+    return columns_between(corner + all.band_left, min(end, corner + all.band_right + 1));
 }
 
 /* visible: a bit for each of the row's numbers in this thread. */

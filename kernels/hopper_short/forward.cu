@@ -216,7 +216,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     const auto weigh = [&](auto is_first, auto settle) {
         const bool is_cut = (is_first || MASK != mask_class::full) && (j >= view.end_whole || j < view.first_whole);
         if constexpr (HAS_MASKS) {
-            options.apply(s, j, is_cut, finish_mask(), mask, 0);
+            options.apply(s, j, is_cut, [](int) { return ~0u; }, finish_mask(), mask, 0);
             __syncwarp();
             if (j > view.first) start_mask(j - 1);
         } else if (is_cut) {

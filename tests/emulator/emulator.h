@@ -156,6 +156,10 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift)
 {
     return (uint32_t)(((uint64_t)high << 32 | low) >> shift % 32);
 }
+inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
+}
 inline int __ffs(unsigned x)
 {
     return __builtin_ffs((int)x);
