@@ -74,7 +74,7 @@ _PROBLEMS = [
     Problem("causal, head_dim 256", (1, 2, 2, 190, 190, 256), {"is_causal": True}),
     Problem("window", (1, 3, 3, 260, 600, 48), {"window": (90, 30)}),
     Problem("softcap", (1, 2, 1, 150, 530, 32), {"window": (400, 5), "softcap": 3.0}),
-    Problem("bool mask, sinks", (2, 4, 2, 210, 300, 64), mask=bool, sinks=True),
+    Problem("bool mask, sinks", (2, 4, 2, 270, 300, 64), mask=bool, sinks=True),
     Problem("bool mask, head_dim 128", (1, 2, 2, 210, 370, 128), mask=bool),
     Problem("bool mask, head_dim 40", (1, 2, 2, 140, 140, 40), {"is_causal": True}, mask=bool),
     Problem("bool mask, head_dim 256", (1, 2, 1, 150, 140, 256), mask=bool),

@@ -182,8 +182,10 @@ static __device__ __forceinline__ void init_barriers(const forward_params &param
         mbarrier_init(at(smem.out_full[w]), 4);
         mbarrier_init(at(smem.out_empty[w]), 1);
     }
-    mbarrier_init(at(smem.found_full), 1);
-    mbarrier_init(at(smem.found_empty), MASK_WARPS);
+    if (HAS_MASKS) {
+        mbarrier_init(at(smem.found_full), 1);
+        mbarrier_init(at(smem.found_empty), MASK_WARPS);
+    }
     for (int w = 0; w < (HAS_MASKS ? WARPGROUPS : 0); w++) {
         for (int stage = 0; stage < MASK_STAGES; stage++) {
             mbarrier_init(at(smem.mask_full[w][stage]), mask_tiles::arrivals(*params.mask));

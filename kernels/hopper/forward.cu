@@ -459,7 +459,7 @@ static __global__ __launch_bounds__(THREADS,
             prefetch_tensormap(&params.value);
             if (COPIES_OUT && params.out->is_mapped) prefetch_tensormap(&params.out->map);
             init_barriers(params, smem);
-            smem.known.row = -1;
+            if (HAS_MASKS) smem.known.row = -1;
         }
         __syncwarp();
         bar_arrive(READY, THREADS);
