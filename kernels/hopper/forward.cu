@@ -6,8 +6,8 @@
  * A block stays on its multiprocessor and works on one tile of BLOCK_M query rows after another. One thread has the
  * copy engine bring tiles, others have it take out away; two to four warpgroups of 64 rows each compute. A warpgroup
  * walks its tiles of keys from the last to the first, since the masked ones are the last, and its out stays in
- * registers until it is finished. Where there is an attn_mask, one more warp for each of them copies its rows of that;
- * tiles that these hide are passed.
+ * registers until it is finished. Where there is an attn_mask, further warps copy each warpgroup's rows of that; tiles
+ * that these hide are passed, and a mask that only pads the keys is no more than another end of them.
  *
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
