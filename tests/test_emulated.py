@@ -225,9 +225,9 @@ MASKS: dict[str, Callable[[int, int], Array]] = {
     "middle_of_float_below_0": lambda rows, keys: _added(_middle(keys), k80=-0.0, k150=-0.0),
     "one_key": lambda rows, keys: np.arange(keys).reshape(1, 1, 1, keys) == keys // 2,
     "blocks": _blocks,
-    "blocks_of_float": lambda rows, keys: np.where(_blocks(rows, keys), 0, -np.inf).astype(np.float16),
+    "blocks_of_float": lambda rows, keys: _added(_blocks(rows, keys)),
     "blocks_of_float32": lambda rows, keys: np.where(_blocks(rows, keys), 0, -np.inf).astype(np.float32),
-    "padding_of_float": lambda rows, keys: np.where(_padding(keys), 0, -np.inf).astype(np.float16),
+    "padding_of_float": lambda rows, keys: _added(_padding(keys)),
     "padding_of_float32": lambda rows, keys: np.where(_padding(keys), 0.5, -np.inf).astype(np.float32),
     "lowest_rows": lambda rows, keys: np.where(
         np.arange(rows)[:, None] % 2 == 0, np.finfo(np.float32).min, np.zeros((rows, keys), np.float32)

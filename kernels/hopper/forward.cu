@@ -70,8 +70,8 @@ constexpr bool VALUES_ARE_LATE = HEAD_DIM <= 64 && !OVERLAPS_P_V && MASK != mask
 /* A warp's sixteen rows of bools are looked at by two or four loads (of a float mask they would be up to sixteen).
  * Where products are short, the next tile is looked at under them, elsewhere under the last p.v. */
 constexpr bool LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
-/* Three warpgroups hide each other's waits, and bools leave them no registers for weights that are still in use: they
- * wait for p.v together with q.k. */
+/* Three warpgroups and more hide each other's waits, and bools leave them no registers for weights that are still in
+ * use: they wait for p.v together with q.k. */
 constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS >= 3;
 static_assert(HANDS_ON != hands_on::after_both || !HAS_MASKS || SETTLES_FIRST, "or nobody hands the turn on");
 
@@ -309,10 +309,10 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     let_go_mask();
                     if (is_done) return;
                 } else {
-                    const auto left = [&](int column) { /* read again: no registers */
-                                                        const fc::shown_keys &keys = smem.shown[queries.stage];
-                                                        return fc::columns_between(keys.first - column,
-                                                                                   keys.end - column);
+                    /* Read again where a tile is cut, so that no registers hold them meanwhile. */
+                    const auto left = [&](int column) {
+                        const fc::shown_keys &keys = smem.shown[queries.stage];
+                        return fc::columns_between(keys.first - column, keys.end - column);
                     };
                     options.apply(s, j, is_cut, left, shows, mask, 16 * warp);
                     let_go_mask();
