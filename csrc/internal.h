@@ -55,7 +55,7 @@ fc_status fc_check_backward(const fc_backward_problem *given, bool need_data, fc
 
 /* plan.c: pure. */
 enum fc_family { fc_family_cpu, fc_family_portable, fc_family_hopper, fc_family_hopper_short };
-enum fc_mask_class { fc_mask_any, fc_mask_full, fc_mask_band, fc_mask_unbiased, fc_mask_general };
+enum fc_mask_class { fc_mask_any, fc_mask_full, fc_mask_band, fc_mask_unbiased, fc_mask_biased, fc_mask_general };
 /* The dtype column of variants.def, for the tables of both directions. */
 enum { dtype_float16 = FC_FLOAT16, dtype_bfloat16 = FC_BFLOAT16, dtype_float32 = FC_FLOAT32 };
 typedef struct fc_kernel {

@@ -61,21 +61,19 @@ const char *fc_cuda_archs(void)
     return FC_CUDA_ARCHS;
 }
 
-/* Which masks a problem needs: full, band (causal, window), unbiased (a bool mask, which leaves scores as they are), or
- * general for everything else. All but the last compare scores before they scale them, which a scale of zero or below
- * would turn round. */
+/* Which masks a problem needs: full, band (causal, window), unbiased (a bool mask, which leaves scores as they are),
+ * biased (a float mask is all that changes them), or general for everything else. All but the last compare scores
+ * before they scale them, which a scale of zero or below would turn round. */
 static enum fc_mask_class mask_class(const fc_forward_args *args)
 {
-    bool has_mask = args->attn_mask.dtype != FC_NONE, adds_mask = has_mask && args->attn_mask.dtype != FC_BOOL;
-    bool biased = args->softcap != 0 || adds_mask || args->alibi_slopes.dtype != FC_NONE;
-    if (biased || !((float)args->scale > 0)) return fc_mask_general;
-    if (has_mask) return fc_mask_unbiased;
+    if (args->softcap != 0 || args->alibi_slopes.dtype != FC_NONE || !((float)args->scale > 0)) return fc_mask_general;
+    if (args->attn_mask.dtype != FC_NONE) return args->attn_mask.dtype == FC_BOOL ? fc_mask_unbiased : fc_mask_biased;
     return fc_is_open_left(args) && fc_is_open_right(args) ? fc_mask_full : fc_mask_band;
 }
 
 static const char *mask_name(const fc_forward_args *args)
 {
-    static const char *const names[] = {"any", "full", "band", "unbiased", "general"};
+    static const char *const names[] = {"any", "full", "band", "unbiased", "biased", "general"};
     return names[mask_class(args)];
 }
 
@@ -157,6 +155,13 @@ static struct needs needs_of(const fc_forward_args *args)
     return (struct needs){mask_class(args), fc_hopper_reads(args)};
 }
 
+/* Short calls have no rows of their own for a bias. */
+static bool is_for_bias(const fc_kernel *kernel, const struct needs *needs)
+{
+    return needs->mask == fc_mask_biased && kernel->mask == fc_mask_general &&
+           kernel->family_id == fc_family_hopper_short;
+}
+
 static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args,
                    const struct needs *needs)
 {
@@ -164,7 +169,7 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
-    if (kernel->mask != fc_mask_any && kernel->mask != needs->mask) return false;
+    if (kernel->mask != fc_mask_any && kernel->mask != needs->mask && !is_for_bias(kernel, needs)) return false;
     if (!is_of_hopper(kernel)) return true;
     if (!needs->hopper_reads || args->keep_scale != 0 ||
         num_tiles(args, kernel) > INT32_MAX / FC_HOPPER_SHORT_MOST_SPLITS)

@@ -13,7 +13,11 @@ BEGIN, END = "<!-- support matrix: docs/support_matrix.py --write -->\n", "<!-- 
 
 
 # What a family's masks say of the options it serves.
-OPTIONS = {frozenset({"any"}): "all", frozenset({"full", "band", "unbiased", "general"}): "all but dropout"}
+OPTIONS = {
+    frozenset({"any"}): "all",
+    frozenset({"full", "band", "unbiased", "general"}): "all but dropout",
+    frozenset({"full", "band", "unbiased", "biased", "general"}): "all but dropout",
+}
 
 
 def matrix() -> str:

@@ -86,9 +86,10 @@ def test_every_row(row: list[str]) -> None:
             options |= {"window": (keys, 0), "diagonal": keys - rows}
         if mask == "unbiased":
             options |= {"attn_mask": _normal(1, 1, rows, keys, seed=4) > -0.5}
+        if mask in ("biased", "general"):
+            options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4)}
         if mask == "general":
-            options |= {"attn_mask": _normal(1, 1, rows, keys, dtype=dtype, seed=4), "softcap": 5.0}
-            options |= {"alibi_slopes": np.float32([0.5, 0.1])}
+            options |= {"softcap": 5.0, "alibi_slopes": np.float32([0.5, 0.1])}
         launches: list[emulated.Launch] = []
         result = emulated.attention(
             emulated.library(family), q, k, v, kernel=kernel, num_sms=132, launches=launches, **options

@@ -179,7 +179,7 @@ def test_device_of_another_type() -> None:
 # Words
 
 
-FULL, BAND, UNBIASED, GENERAL = "full mask", "band mask", "unbiased mask", "general mask"
+FULL, BAND, UNBIASED, BIASED, GENERAL = (f"{word} mask" for word in ("full", "band", "unbiased", "biased", "general"))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_mask_class(fields: dict[str, Any], word: str) -> None:
 @pytest.mark.parametrize(
     "name,dtype,word",
     [
-        ("attn_mask", FLOAT32, GENERAL),
+        ("attn_mask", FLOAT32, BIASED),
         ("attn_mask", BOOL, UNBIASED),
         ("sinks", FLOAT32, FULL),
         ("alibi_slopes", FLOAT32, GENERAL),
@@ -323,6 +323,8 @@ def test_every_cuda_kernel_can_be_forced(index: int) -> None:
     )  # fmt: skip
     if mask == "unbiased":
         problem = with_tensor(problem, "attn_mask", BOOL)
+    if mask == "biased":
+        problem = with_tensor(problem, "attn_mask", FLOAT32)
     plans = [capi.plan(problem, capi.gpu_device(c)) for c in (75, 80, 86, 89, 90, 100, 120)]
     assert any(status == OK and name_of(plan) == CUDA_KERNELS[index] for status, plan in plans)
 

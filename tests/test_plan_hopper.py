@@ -89,8 +89,10 @@ def test_hopper_mask(fields: dict[str, Any], mask: str) -> None:
         ("attn_mask", BOOL, {}, "unbiased"),
         ("attn_mask", BOOL, {"softcap": 1.0}, "general"),
         ("attn_mask", BOOL, {"flags": capi.SCALE, "scale": -1.0}, "general"),
-        ("attn_mask", FLOAT16, {}, "general"),
-        ("attn_mask", FLOAT32, {}, "general"),
+        ("attn_mask", FLOAT16, {}, "biased"),
+        ("attn_mask", FLOAT32, {}, "biased"),
+        ("attn_mask", FLOAT32, {"softcap": 1.0}, "general"),
+        ("attn_mask", FLOAT16, {"flags": capi.SCALE, "scale": 0.0}, "general"),
         ("sinks", FLOAT32, {}, None),
         ("sinks", FLOAT32, {"softcap": 1.0}, "general"),
         ("alibi_slopes", FLOAT16, {}, "general"),
@@ -98,11 +100,13 @@ def test_hopper_mask(fields: dict[str, Any], mask: str) -> None:
     ids=str,
 )
 def test_hopper_operands(name: str, dtype: int, fields: dict[str, Any], mask: str | None, flags: int) -> None:
-    """A mask of None: as without the operand."""
-    problem = capi.shapes_only(**fields | {"flags": flags | fields.get("flags", 0)})
-    status, plan = capi.plan(with_tensor(problem, name, dtype), HOPPER)
-    assert status == OK
-    assert of_hopper(plan) == f"float16_d64_{mask or ('band' if flags else 'full')}"
+    """A mask of None: as without the operand. Short calls have no rows of their own for a bias."""
+    mask = mask or ("band" if flags else "full")
+    for family, word in (b"hopper", mask), (b"hopper_short", "general" if mask == "biased" else mask):
+        problem = capi.shapes_only(**fields | {"flags": flags | fields.get("flags", 0)}, kernel=family)
+        status, plan = capi.plan(with_tensor(problem, name, dtype), HOPPER)
+        assert status == OK
+        assert of_hopper(plan) == f"float16_d64_{word}"
 
 
 @needs_hopper_build

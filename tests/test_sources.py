@@ -135,7 +135,7 @@ def test_variants_are_distinct_and_have_sources() -> None:
         assert (ROOT / "kernels" / family / "forward.cu").exists()
         assert dtype in ("float16", "bfloat16", "float32")
         assert 1 <= int(head_dim) <= 256
-        assert mask in ("any", "full", "band", "unbiased", "general")
+        assert mask in ("any", "full", "band", "unbiased", "biased", "general")
         assert int(block_m) % 8 == int(block_n) % 8 == int(threads) % 32 == 0
         assert re.fullmatch(r"\d{2,3}a?", arch)
 

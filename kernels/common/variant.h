@@ -17,10 +17,10 @@
 #define FC_NAME(op) FC_JOIN(FC_FAMILY, op, FC_DTYPE, FC_HEAD_DIM, FC_MASK, FC_BLOCK_M, FC_BLOCK_N)
 
 /* Which calls the row serves; the words of its mask column. */
-enum class mask_class { any, full, band, unbiased, general };
+enum class mask_class { any, full, band, unbiased, biased, general };
 constexpr mask_class MASK = mask_class::FC_MASK;
 /* Calls with attn_mask; `any` serves these, too, in its own way. */
-constexpr bool HAS_MASKS = MASK == mask_class::unbiased || MASK == mask_class::general;
+constexpr bool HAS_MASKS = MASK == mask_class::unbiased || MASK == mask_class::biased || MASK == mask_class::general;
 constexpr int HEAD_DIM = FC_HEAD_DIM;
 constexpr int BLOCK_M = FC_BLOCK_M;
 constexpr int BLOCK_N = FC_BLOCK_N;

@@ -73,6 +73,12 @@ static cudaError_t make_mask_params(mask_params *params, const fc_forward_args &
                            {mask_slab_bytes(mask.dtype), params->by_row ? rows : 1});
 }
 
+/* What of it a row of variants.def leaves open. */
+__device__ __forceinline__ bool is_of_bools(const fc_tensor &mask)
+{
+    return MASK == mask_class::unbiased || (MASK != mask_class::biased && mask.dtype == FC_BOOL);
+}
+
 /* The tiles of a mask for a query of dtype T, as the warp that brings them and the threads that use them see them. */
 template <class T, int ROWS> struct mask_tiles {
     __device__ __forceinline__ mask_tiles(const fc_tensor &mask, const mask_params &params, const schedule &all)
@@ -83,7 +89,7 @@ template <class T, int ROWS> struct mask_tiles {
     /* Calls use(float32()), say, where the mask is of that. */
     template <class Use> __device__ __forceinline__ auto with_dtype(Use use) const
     {
-        if (MASK == mask_class::unbiased || mask.dtype == FC_BOOL) return use(boolean());
+        if (is_of_bools(mask)) return use(boolean());
         if (mask.dtype == FC_FLOAT32) return use(float32());
         return use(T());
     }
@@ -157,14 +163,13 @@ template <class T, int ROWS> struct mask_tiles {
     }
 
     /* s in natural units = unit * s + the mask, where it is of floats. For a warp whose sixteen rows begin with the
-     * tile's row first_row. IS_OWN: the mask is known to be of dtype T. shows: what the mask leaves of the tile; where
-     * that is all, it adds nothing, and is not read. */
-    template <bool IS_OWN>
+     * tile's row first_row. shows: what the mask leaves of the tile; where that is all, it adds nothing, and is not
+     * read. */
     __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], float unit, shown shows, const uint8_t *tile,
                                         int first_row) const
     {
         const int lane = threadIdx.x % 32;
-        if (shows != shown::all && (IS_OWN || mask.dtype == T::dtype)) {
+        if (shows != shown::all && mask.dtype == T::dtype) {
             /* Lane 8 m + i says where row i of matrix m lies, of four: pieces c and c + 1 of two times eight rows. */
             const uint32_t from = shared_address(tile) + place<T>(params.by_row ? first_row + lane % 16 : 0, lane / 16);
 #pragma unroll

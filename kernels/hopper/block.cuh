@@ -13,7 +13,7 @@
  *     found_full             the first warp that copies attn_mask                 known says which keys a tile is shown
  *     found_empty            the others that do, and the copying thread           it may say so of the next tile
  *     mask_full[w][stage]    its copies, or each lane that copied                 w's rows of attn_mask may be read
- *     mask_told[w][stage]    general: the warp that copied                        mask_shows says what they show
+ *     mask_told[w][stage]    where TELLS: the warp that copied                    mask_shows says what they show
  *     mask_empty[w][stage]   every warp of w (where lanes copy, each lane)        they may be overwritten
  *     READY (named, all)     the copying warp arrives, all others wait            the barriers above are there
  *     TURN + w (named, 256)  warpgroup w waits, warpgroup w - 1 arrives           w may issue its products
@@ -47,15 +47,14 @@ static_assert(BLOCK_M == 64 * WARPGROUPS, "a warpgroup computes 64 rows");
 
 /* Of attn_mask: one for each computing warpgroup, as far as there are any beside the one of query and keys. */
 constexpr int MASK_WARPS = WARPGROUPS < 4 ? WARPGROUPS : 3;
-static_assert(MASK != mask_class::general || MASK_WARPS == WARPGROUPS, "a warp that looks has one to tell");
 
 /* Registers per thread: of those that the launch bound gives all threads (128 * 512, say, or 96 * 640) the copying
  * warpgroup keeps some, and the others share the rest. To look through a mask takes more than to copy. */
-constexpr int PRODUCER_REGISTERS = MASK == mask_class::unbiased  ? (WARPGROUPS >= 3 ? 32 : 56)
-                                   : MASK == mask_class::general ? (WARPGROUPS == 2 ? 72 : 80)
-                                   : WARPGROUPS == 2             ? 40
-                                   : WARPGROUPS == 3             ? 32
-                                                                 : 24;
+constexpr int PRODUCER_REGISTERS = MASK == mask_class::general ? (WARPGROUPS == 2 ? 72 : 80)
+                                   : HAS_MASKS                 ? (WARPGROUPS >= 3 ? 32 : 56)
+                                   : WARPGROUPS == 2           ? 40
+                                   : WARPGROUPS == 3           ? 32
+                                                               : 24;
 constexpr int ALL_REGISTERS = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
 constexpr int CONSUMER_REGISTERS = (ALL_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 
@@ -94,7 +93,7 @@ struct shared_memory {
     fc::shown_keys shown[QUERY_STAGES]; /* with query: what attn_mask leaves to all of its rows */
     out_room rooms[WARPGROUPS];
     fc::known_keys known;                          /* what the first of the warps that copy a mask found */
-    fc::shown mask_shows[WARPGROUPS][MASK_STAGES]; /* with mask, of a general call */
+    fc::shown mask_shows[WARPGROUPS][MASK_STAGES]; /* with mask, where TELLS */
     uint64_t query_full[QUERY_PARTS][QUERY_STAGES], query_empty[QUERY_PARTS][QUERY_STAGES];
     uint64_t key_full[KEY_STAGES], key_empty[KEY_STAGES];
     uint64_t value_full[VALUE_STAGES], value_empty[VALUE_STAGES];
@@ -130,8 +129,8 @@ constexpr int READY = 1, TURN = 2, LOOK = TURN + WARPGROUPS;
 
 using mask_tiles = fc::mask_tiles<T, 64>;
 
-/* In a general call the warps that bring the mask look at it, in an unbiased one those that use it. */
-constexpr bool TELLS = MASK == mask_class::general;
+/* The warps that bring a mask look at it; at bools those that use them do, but in a general call. */
+constexpr bool TELLS = MASK == mask_class::biased || MASK == mask_class::general;
 
 /* As many tiles of a mask as fit: MASK_STAGES of bools, two of 16-bit numbers, one of float32. */
 static __host__ __device__ constexpr int num_mask_stages(int dtype)

@@ -150,40 +150,48 @@ static __device__ __forceinline__ void bring_bools(const forward_params &params,
     }
 }
 
-/* A warp that brings attn_mask, of M, in a general call to its computing warpgroup, as there is room, and tells of one
- * tile after another, as it has come, what it shows. (Bools of others the warpgroup itself looks at.) */
+/* A warp that brings attn_mask, of M, where TELLS: to as many warpgroups as there are for it, as there is room, and
+ * tells of one tile after another, as it has come, what it shows. */
 template <class M>
 static __device__ __forceinline__ void bring_and_tell(const forward_params &params, shared_memory &smem,
-                                                      const mask_tiles &tiles, int warpgroup)
+                                                      const mask_tiles &tiles, int mask_warp)
 {
-    constexpr int NUM_STAGES = num_mask_stages(M::dtype);
+    constexpr int EACH = (WARPGROUPS + MASK_WARPS - 1) / MASK_WARPS, NUM_STAGES = num_mask_stages(M::dtype);
     const int lane = threadIdx.x % 32;
     ring<1> found;
-    ring<MASK_STAGES> started, told;
+    ring<MASK_STAGES> started[EACH], told[EACH];
+    int next[EACH]; /* to be started */
     uint32_t round = 0;
     fc::tile_work work = {};
-    const auto has_room = [&] {
-        const uint32_t empty = at(smem.mask_empty[warpgroup][started.stage]);
-        return __all_sync(0xffffffffu, mbarrier_test(empty, started.phase ^ 1));
+    const auto has_room = [&](int w, int i) {
+        const uint32_t empty = at(smem.mask_empty[w][started[i].stage]);
+        return __all_sync(0xffffffffu, mbarrier_test(empty, started[i].phase ^ 1));
     };
-    const auto tell = [&](int j) {
-        mbarrier_wait(at(smem.mask_full[warpgroup][told.stage]), told.phase);
-        const fc::shown shows = tiles.template look<M>(mask_tile(smem, warpgroup, told.stage, M::dtype),
-                                                       work.row + 64 * warpgroup, j * BLOCK_N);
-        if (lane == 0) smem.mask_shows[warpgroup][told.stage] = shows;
+    const auto tell = [&](int w, int i, int j) {
+        mbarrier_wait(at(smem.mask_full[w][told[i].stage]), told[i].phase);
+        const fc::shown shows =
+            tiles.template look<M>(mask_tile(smem, w, told[i].stage, M::dtype), work.row + 64 * w, j * BLOCK_N);
+        if (lane == 0) smem.mask_shows[w][told[i].stage] = shows;
         __syncwarp();
-        if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_told[warpgroup][told.stage]));
-        told.next(NUM_STAGES);
+        if (lane == 0 || each_tells(params)) mbarrier_arrive(at(smem.mask_told[w][told[i].stage]));
+        told[i].next(NUM_STAGES);
     };
     while (fc::next_tile(params.schedule, round, work)) {
-        if (!needs_mask(params, smem, warpgroup, found, work)) continue;
-        const fc::rows_view view(params.schedule, work, warpgroup);
-        int next = view.end - 1; /* to be started */
+        if (!needs_mask(params, smem, mask_warp, found, work)) continue;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) next[i] = INT_MAX;
 #pragma unroll 1
-        for (int j = next; j >= view.first; j--) {
-            while (next >= view.first && (next == j || (next > j - NUM_STAGES && has_room())))
-                start_mask<M>(params, smem, tiles, work, warpgroup, next--, started);
-            tell(j);
+        for (int j = work.end - 1; j >= work.first; j--) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int w = mask_warp + i * MASK_WARPS;
+                const fc::rows_view view(params.schedule, work, w);
+                if (w >= WARPGROUPS || j < view.first || j >= view.end) continue;
+                next[i] = min(next[i], j);
+                while (next[i] >= view.first && (next[i] == j || (next[i] > j - NUM_STAGES && has_room(w, i))))
+                    start_mask<M>(params, smem, tiles, work, w, next[i]--, started[i]);
+                tell(w, i, j);
+            }
         }
     }
 }

@@ -12,7 +12,7 @@
  * The trick is to keep little to hide: a warpgroup issues the next tile's q.k together with this tile's p.v, waits for
  * both, and its softmax then needs no maximum (softmax.cuh), so it fits under the other warpgroups' products. Two of
  * up to 128 columns wait for q.k alone, and for p.v only before out and the weights are touched; so do general calls,
- * which look for the maximum meanwhile, but where a bias alone is added.
+ * which look for the maximum meanwhile.
  *
  * Who waits for whom stands in block.cuh.
  */
@@ -70,15 +70,10 @@ constexpr bool VALUES_ARE_LATE = HEAD_DIM <= 64 && !OVERLAPS_P_V && MASK != mask
 /* A warp's sixteen rows of bools are looked at by two or four loads (of a float mask they would be up to sixteen).
  * Where products are short, the next tile is looked at under them, elsewhere under the last p.v. */
 constexpr bool LOOKS_AHEAD = !TELLS && HEAD_DIM <= 64;
-/* Three warpgroups and more hide each other's waits, and bools leave them no registers for weights that are still in
+/* Three warpgroups and more hide each other's waits, and masks leave them no registers for weights that are still in
  * use: they wait for p.v together with q.k. */
-constexpr bool SETTLES_FIRST = MASK == mask_class::unbiased && WARPGROUPS >= 3;
+constexpr bool SETTLES_FIRST = HAS_MASKS && MASK != mask_class::general && WARPGROUPS >= 3;
 static_assert(HANDS_ON != hands_on::after_both || !HAS_MASKS || SETTLES_FIRST, "or nobody hands the turn on");
-
-/* Does a general call that only adds attn_mask do so under the exponentials, by the reference at hand
- * (online_softmax::try_step)? Gains 3 to 11%; at head_dim 64 4 to 8%, but there softcap, whose code is long, loses 25%
- * for want of instructions. */
-constexpr bool ADDS_UNDER_EXPONENTIALS = MASK == mask_class::general && HEAD_DIM > 64;
 
 /* A computing warpgroup: 64 rows of each tile. */
 static __device__ __forceinline__ void consume(const forward_params &params, shared_memory &smem, int warpgroup)
@@ -86,7 +81,6 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const fc_forward_args &args = params.args;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int thread_row = 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
-    const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
 
     const int part = QUERY_PARTS == 1 ? 0 : warpgroup, row_of_part = 64 * (warpgroup - part); /* this warpgroup's */
     const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][part][0][row_of_part]), QUERY_ROWS * 128);
@@ -244,13 +238,12 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         fc::rows_view view(params.schedule, work, warpgroup);
         if (HAS_MASKS) view.leave_keys(shown.first, shown.end);
         const int row = work.row + thread_row;
+        const float unit = fc::unit_of_scores(params.options, !shown.is_plain), unit_log2 = unit * fc::LOG2_E;
         const std::true_type yes;
         const std::false_type no;
         softmax = fc::online_softmax();
         fc::out_rows<T> rows;
-        const auto finish = [&] {
-            rows = fc::out_rows<T>(softmax, ADDS_UNDER_EXPONENTIALS ? softmax.weights : nullptr, unit, args, work, row);
-        };
+        const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
         const auto zero_out = [&] {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0;
@@ -301,22 +294,13 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                     if (is_pending) let_go(smem.value_empty, values);
                     is_pending = false;
                 };
-                const bool only_adds = ADDS_UNDER_EXPONENTIALS && pending && !is_cut && options.only_add();
-                if (only_adds) {
-                    settle();
-                    options.add(s, shows, mask, 16 * warp);
-                    const bool is_done = softmax.try_step<T>(s, p, unit_log2);
-                    let_go_mask();
-                    if (is_done) return;
-                } else {
-                    /* Read again where a tile is cut, so that no registers hold them meanwhile. */
-                    const auto left = [&](int column) {
-                        const fc::shown_keys &keys = smem.shown[queries.stage];
-                        return fc::columns_between(keys.first - column, keys.end - column);
-                    };
-                    options.apply(s, j, is_cut, left, shows, mask, 16 * warp);
-                    let_go_mask();
-                }
+                /* Read again where a tile is cut, so that no registers hold them meanwhile. */
+                const auto left = [&](int column) {
+                    const fc::shown_keys &keys = smem.shown[queries.stage];
+                    return fc::columns_between(keys.first - column, keys.end - column);
+                };
+                options.apply(s, j, is_cut, left, shows, mask, 16 * warp);
+                let_go_mask();
                 if (!TELLS && !LOOKS_AHEAD) look();
                 if (MASK != mask_class::general && !pending) softmax.take_reference(s, unit_log2);
                 constexpr bool IS_LATE = OVERLAPS_P_V || MASK == mask_class::general;

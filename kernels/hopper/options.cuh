@@ -1,5 +1,5 @@
 /*
- * options.cuh - what the options of an unbiased or general call make of a tile's q.k, before the softmax.
+ * options.cuh - what the options of a call with masks make of a tile's q.k, before the softmax.
  *
  *     score = softcap(scale * q.k) + attn_mask - slope * |key - row - diagonal|
  *
@@ -29,11 +29,12 @@ struct option_params {
     }
 };
 
-/* Scores stay in units of scale, which the exponential's factor takes in, unless something is added to them. */
-constexpr bool NATURAL = MASK == mask_class::general;
-__device__ __forceinline__ float unit_of_scores(const option_params &options)
+/* Scores stay in units of scale, which the exponential's factor takes in, unless something is added to them: in general
+ * calls, and in biased ones where the mask adds anything (adds_mask) to this tile of rows. */
+constexpr bool IS_GENERAL = MASK == mask_class::general;
+__device__ __forceinline__ float unit_of_scores(const option_params &options, bool adds_mask)
 {
-    return NATURAL ? 1 : options.scale;
+    return IS_GENERAL || (MASK == mask_class::biased && adds_mask) ? 1 : options.scale;
 }
 
 /* Of a thread's two rows in one tile of the output. MaskTiles: mask_tiles. */
@@ -43,7 +44,7 @@ template <class T, class MaskTiles> struct score_options {
                                              int row)
         : args(args), options(options), all(all), masks(masks), row(row), slope(0)
     {
-        if (NATURAL && args.alibi_slopes.dtype != FC_NONE)
+        if (IS_GENERAL && args.alibi_slopes.dtype != FC_NONE)
             slope = head_value<T>(args.alibi_slopes, work.batch, work.head);
     }
 
@@ -55,31 +56,22 @@ template <class T, class MaskTiles> struct score_options {
                                           const uint8_t *mask, int first_row) const
     {
         const int column = tile * BLOCK_N + threadIdx.x % 4 * 2;
-        if (NATURAL) {
+        if (IS_GENERAL) {
             if (options.softcap != 0) {
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 2; i++) s[i] = options.softcap * tanh_both(s[i] * options.inner);
             }
-            masks.template add<false>(s, options.softcap != 0 ? 1 : options.scale, shows, mask, first_row);
+            masks.add(s, options.softcap != 0 ? 1 : options.scale, shows, mask, first_row);
             if (args.alibi_slopes.dtype != FC_NONE) take_distance(s, slope, (float)(column - row - options.diagonal));
         }
-        if (args.attn_mask.dtype == FC_BOOL && shows != shown::all) masks.hide(s, mask, first_row);
+        if (shows != shown::all) {
+            if (MASK == mask_class::biased) masks.add(s, options.scale, shows, mask, first_row);
+            if (is_of_bools(args.attn_mask)) masks.hide(s, mask, first_row);
+        }
         if (!is_cut) return;
         const uint32_t columns = left(column);
 #pragma unroll
         for (int r = 0; r < 2; r++) hide(s, r, visible_columns(all, row, column, r) & columns);
-    }
-
-    /* Is all that a tile needs, unless it is cut, an attn_mask of the query's dtype? Then add() does it, in few
-     * instructions without a branch. */
-    __device__ __forceinline__ bool only_add() const
-    {
-        return NATURAL && options.softcap == 0 && args.alibi_slopes.dtype == FC_NONE &&
-               args.attn_mask.dtype == T::dtype;
-    }
-    __device__ __forceinline__ void add(float (&s)[BLOCK_N / 2], shown shows, const uint8_t *mask, int first_row) const
-    {
-        masks.template add<true>(s, options.scale, shows, mask, first_row);
     }
 
   private:

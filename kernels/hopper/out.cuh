@@ -49,16 +49,13 @@ template <class T> struct out_rows {
 
     out_rows() = default;
 
-    /* unit: of the scores, in natural ones. row: of this thread's first one. weights: softmax.weights, where rounded
-     * ones are in it, by which out is then divided, or null. */
-    __device__ __forceinline__ out_rows(const online_softmax &softmax, const float *weights, float unit,
-                                        const fc_forward_args &args, const tile_work &work, int row)
+    /* unit: of the scores, in natural ones. row: of this thread's first one. */
+    __device__ __forceinline__ out_rows(const online_softmax &softmax, float unit, const fc_forward_args &args,
+                                        const tile_work &work, int row)
     {
-        float divisor[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             sum[r] = quad_sum(softmax.sum[r]);
-            divisor[r] = weights != nullptr ? quad_sum(weights[r]) : sum[r];
             shows[r] = sum[r] != 0;
             max[r] = shows[r] ? softmax.reference[r] * unit : -INFINITY;
             factor[r] = 1;
@@ -71,14 +68,12 @@ template <class T> struct out_rows {
             for (int r = 0; r < 2; r++) {
                 const float new_max = fmaxf(max[r], sink), finite = new_max == -INFINITY ? 0.0f : new_max;
                 factor[r] = ex2_approx_ftz((max[r] - finite) * LOG2_E);
-                const float weight = ex2_approx_ftz((sink - finite) * LOG2_E);
-                sum[r] = sum[r] * factor[r] + weight;
-                divisor[r] = divisor[r] * factor[r] + weight;
+                sum[r] = sum[r] * factor[r] + ex2_approx_ftz((sink - finite) * LOG2_E);
                 max[r] = new_max;
             }
         }
 #pragma unroll
-        for (int r = 0; r < 2; r++) factor[r] = shows[r] ? factor[r] * rcp_approx_ftz(divisor[r]) : 0;
+        for (int r = 0; r < 2; r++) factor[r] = shows[r] ? factor[r] * rcp_approx_ftz(sum[r]) : 0;
         any_hidden = __any_sync(0xffffffffu, !shows[0] || !shows[1]);
         const fc_tensor &to = args.out;
         const int64_t strides = to.strides[0] | to.strides[1] | to.strides[2] | args.head_dim_v;

@@ -106,8 +106,7 @@ __device__ __forceinline__ void know_shown(known_keys &known, const tile_work &w
     const int row = work.batch * params.by_batch * (int)all.by_num_heads_q.divisor + work.head * params.by_head;
     if (row == known.row) return;
     __syncwarp();
-    const shown_keys shown = MASK == mask_class::unbiased || mask.dtype == FC_BOOL
-                                 ? find_shown<boolean>(work, mask, all)
+    const shown_keys shown = is_of_bools(mask)          ? find_shown<boolean>(work, mask, all)
                              : mask.dtype == FC_FLOAT32 ? find_shown<float32>(work, mask, all)
                                                         : find_shown<T>(work, mask, all);
     if (threadIdx.x % 32 == 0) known = {row, shown};

@@ -10,9 +10,9 @@
  * tile's own sum says that some score passed the reference by far is its maximum looked for, out rescaled and the tile
  * weighed again. Half the work of the classical softmax (its comparisons, and the rescaling of out) falls away.
  *
- * General calls take the classical step: a bias often leaves a row one key, whose weight must then be 1 to the last
- * bit, as only the maximum's own is. (To a row with one key in a mask of bools that key is the reference.) Where a bias
- * is all that is added, they try later tiles by the reference at hand, and divide by the sum of weights as rounded.
+ * A bias often leaves a row one key, whose weight must then be 1 to the last bit, as only the reference's own is: so
+ * biased calls, in which a reference is passed more often, look for the maximum sooner, and general ones always. (To a
+ * row with one key in a mask of bools that key is the reference.)
  */
 #ifndef FC_HOPPER_SOFTMAX_CUH
 #define FC_HOPPER_SOFTMAX_CUH
@@ -38,15 +38,16 @@ template <class T> __device__ __forceinline__ uint32_t pack(float low, float hig
 
 struct online_softmax {
     /* The reference of a row that has seen nothing. It is its own offset: hidden scores weigh 0 by it, and any other
-     * more than float32 holds, which has the maximum looked for. */
+     * more than float32 holds, which has the maximum looked for. But where a mask of floats is added scores may be just
+     * that: there its offset is NaN, which always has the maximum looked for. */
     static constexpr float NOTHING = -FLT_MAX;
+    static constexpr bool MAY_ADD_LEAST = MASK == mask_class::biased || MASK == mask_class::general;
 
     float reference[2]; /* in the units of s */
     float sum[2];       /* this thread's part of the sum of exp(score - reference) */
-    float weights[2];   /* the same of the weights by which values were multiplied, where those may be rounded ones */
     float offset[2];    /* log2(e) * reference in natural units, or NaN where that would round too much (take_offset) */
 
-    __device__ __forceinline__ online_softmax() : reference{NOTHING, NOTHING}, sum{0, 0}, weights{0, 0}, offset{} {}
+    __device__ __forceinline__ online_softmax() : reference{NOTHING, NOTHING}, sum{0, 0}, offset{} {}
 
     /* For a row that has seen nothing: any of its scores will do that is not far below the largest, so the largest of a
      * few. The few are a tile's first keys, of which a causal row sees at least one. */
@@ -81,7 +82,6 @@ struct online_softmax {
             take_offset(unit_log2);
             if (__any_sync(0xffffffffu, isnan(offset[0] + offset[1]))) subtract_reference(s);
             weigh<T>(s, p, tile_sum, unit_log2);
-            take_offset(unit_log2); /* for try_step() */
         } else {
             uint32_t next[COUNT / 2];
             weigh<T>(s, next, tile_sum, unit_log2);
@@ -95,35 +95,11 @@ struct online_softmax {
                 take_offset(unit_log2);
             }
         }
-        add_sums(tile_sum, tile_sum);
-    }
-
-    /*
-     * The same of a later tile of a general call, by the reference at hand and without looking for a maximum; false,
-     * and only p has changed, where some score passed it by far: then step() is to be taken. A weight that is not the
-     * maximum's is rounded, so that such weights are summed as rounded: then a key that outweighs all has its value to
-     * the last bit.
-     */
-    template <class T, int COUNT>
-    __device__ __forceinline__ bool try_step(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float unit_log2)
-    {
-        float tile_sum[2], tile_weights[2];
-        weigh<T>(s, p, tile_sum, unit_log2, &tile_weights);
-        if (!__all_sync(0xffffffffu, tile_sum[0] < MOST && tile_sum[1] < MOST)) return false; /* or NaN */
-        add_sums(tile_sum, tile_weights);
-        return true;
+        sum[0] += tile_sum[0];
+        sum[1] += tile_sum[1];
     }
 
   private:
-    __device__ __forceinline__ void add_sums(const float (&tile_sum)[2], const float (&tile_weights)[2])
-    {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            sum[r] += tile_sum[r];
-            weights[r] += tile_weights[r];
-        }
-    }
-
     /* The classical step's first half: the reference becomes the maximum so far, and sum and out follow it. */
     template <int COUNT, int OUT, class Settle>
     __device__ __forceinline__ void take_maximum(const float (&s)[COUNT], float (&out)[OUT], float unit_log2,
@@ -147,7 +123,6 @@ struct online_softmax {
             for (int r = 0; r < 2; r++) {
                 shrink[r] = ex2_approx_ftz((reference[r] - next[r]) * unit_log2);
                 sum[r] *= shrink[r];
-                weights[r] *= shrink[r];
                 reference[r] = next[r];
             }
         }
@@ -158,8 +133,9 @@ struct online_softmax {
         }
     }
 
-    /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. */
-    static constexpr float MOST = 16384;
+    /* What a thread's part of a tile may sum to: a quarter of float16's range, which no single weight then passes. In a
+     * biased call less: a key that outweighs the reference by more becomes the reference. */
+    static constexpr float MOST = MASK == mask_class::biased ? 256 : 16384;
     /* One fused multiply-add gives x * unit - reference * unit, but with the rounding of the latter, 2^-25 of it: up to
      * here less than what rounding p costs; the classical step has no cause to let lse lose so much. Rows beyond
      * subtract first. */
@@ -170,7 +146,7 @@ struct online_softmax {
         for (int r = 0; r < 2; r++) {
             const float exact = reference[r] * unit_log2;
             offset[r] = fabsf(exact) < LARGE ? exact : NAN;
-            if (MASK != mask_class::general && reference[r] == NOTHING) offset[r] = NOTHING;
+            if (!MAY_ADD_LEAST && reference[r] == NOTHING) offset[r] = NOTHING;
         }
     }
 
@@ -182,12 +158,11 @@ struct online_softmax {
         offset[0] = offset[1] = 0;
     }
 
-    /* p = exp(unit * s - offset) and its sums, and those of p as it is rounded. */
+    /* p = exp(unit * s - offset) and its sums. */
     template <class T, int COUNT>
     __device__ __forceinline__ void weigh(const float (&s)[COUNT], uint32_t (&p)[COUNT / 2], float (&tile_sum)[2],
-                                          float unit_log2, float (*rounded)[2] = nullptr) const
+                                          float unit_log2) const
     {
-        float low[2] = {}, high[2] = {};
         float first[2] = {}, second[2] = {}; /* two chains: a warp is alone on its scheduler with their latency */
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
@@ -197,16 +172,9 @@ struct online_softmax {
             first[r] += x;
             second[r] += y;
             p[i / 2] = pack<T>(x, y);
-            if (rounded != nullptr) {
-                low[r] += T::to_float((uint16_t)p[i / 2]);
-                high[r] += T::to_float((uint16_t)(p[i / 2] >> 16));
-            }
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            tile_sum[r] = first[r] + second[r];
-            if (rounded != nullptr) (*rounded)[r] = low[r] + high[r];
-        }
+        tile_sum[0] = first[0] + second[0];
+        tile_sum[1] = first[1] + second[1];
     }
 };
 

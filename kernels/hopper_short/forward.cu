@@ -171,7 +171,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     if (num_splits > 1) barrier_cluster_wait(); /* the others' are, long before the first copies have come */
 
     const int row = work.row + 64 * warpgroup + 16 * warp + lane / 4, thread_key = lane % 4 * 2;
-    const float unit = fc::unit_of_scores(params.options), unit_log2 = unit * fc::LOG2_E;
+    const float unit = fc::unit_of_scores(params.options, HAS_MASKS), unit_log2 = unit * fc::LOG2_E;
     const uint64_t query = fc::tile_descriptor(shared_address(smem.query[0][64 * warpgroup]), BLOCK_M * 128);
     const uint64_t key = fc::tile_descriptor(shared_address(smem.tiles[0].key), BLOCK_N * 128);
     const uint64_t value = fc::tile_descriptor(shared_address(smem.tiles[0].value), BLOCK_N * 128);
@@ -229,7 +229,7 @@ __launch_bounds__(THREADS, BLOCKS_THAT_FIT) void FC_NAME(forward_kernel)(const _
     };
 
     fc::out_rows<T> rows;
-    const auto finish = [&] { rows = fc::out_rows<T>(softmax, nullptr, unit, args, work, row); };
+    const auto finish = [&] { rows = fc::out_rows<T>(softmax, unit, args, work, row); };
     /* Tiles of keys that these rows do not see. */
     const auto pass = [&](int tiles) {
 #pragma unroll 1
