@@ -14,25 +14,43 @@
 
 namespace fc {
 
-constexpr int ALIGN_THREADS = 256, MOST_ALIGN_BLOCKS = 132 * 8; /* a few on each multiprocessor */
+/* A warp copies 4 rows of 128 columns, whose loads wait together, and a block ALIGN_ROWS of them: rows may be many and
+ * short or few and long. */
+constexpr int ALIGN_WARPS = 8, ALIGN_ROWS = 4 * ALIGN_WARPS, ALIGN_COLUMNS = 128;
+constexpr int MOST_ALIGN_BLOCKS = 132 * 8; /* a few on each multiprocessor */
 
+/* Pieces of so many rows and columns: 32 bits count all that fit in a GPU's memory. */
 struct align_params {
     fc_tensor mask, copy;
-    int64_t num_rows, rows, heads; /* in all; of a head; of a batch */
-    int columns;
+    uint32_t num_pieces, pieces, wide; /* in all; of a head; side by side */
+    uint32_t heads;                    /* of a batch */
+    int rows, columns;
 };
 
-/* A block copies one row after another. Number: of the mask's size. */
+/* Number: of the mask's size. Rows past the end are the last, again, and columns likewise. */
 template <class Number>
-static __global__ __launch_bounds__(ALIGN_THREADS) void align_kernel(const __grid_constant__ align_params params)
+static __global__ __launch_bounds__(32 * ALIGN_WARPS) void align_kernel(const __grid_constant__ align_params params)
 {
-    for (int64_t i = blockIdx.x; i < params.num_rows; i += gridDim.x) {
-        const int64_t row = i % params.rows, head = i / params.rows % params.heads,
-                      batch = i / params.rows / params.heads;
-        const Number *from = row_of<const Number>(params.mask, batch, head, row);
-        Number *to = row_of<Number>(params.copy, batch, head, row);
-        for (int column = threadIdx.x; column < params.columns; column += ALIGN_THREADS)
-            to[column] = from[column * params.mask.strides[3]];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (uint32_t i = blockIdx.x; i < params.num_pieces; i += gridDim.x) {
+        const uint32_t piece = i % params.pieces, batch = i / params.pieces / params.heads;
+        const uint32_t head = i / params.pieces % params.heads;
+        const int first_row = (int)(piece / params.wide) * ALIGN_ROWS + 4 * warp;
+        const int first_column = (int)(piece % params.wide) * ALIGN_COLUMNS + lane;
+        Number x[4][4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const auto *from = row_of<const Number>(params.mask, batch, head, min(first_row + r, params.rows - 1));
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                x[r][c] = from[min(first_column + 32 * c, params.columns - 1) * params.mask.strides[3]];
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            Number *to = row_of<Number>(params.copy, batch, head, min(first_row + r, params.rows - 1));
+#pragma unroll
+            for (int c = 0; c < 4; c++) to[min(first_column + 32 * c, params.columns - 1)] = x[r][c];
+        }
     }
 }
 
@@ -42,15 +60,24 @@ template <mask_class> static cudaError_t align_mask(fc_forward_args *args, void 
     const fc_tensor &mask = args->attn_mask;
     const fc_mask_copy copy = fc_mask_copy_of(args);
     const int64_t bytes = fc_dtype_bytes(mask.dtype), pitch = copy.row_bytes / bytes;
-    const int64_t num_rows = copy.batch * copy.heads * args->seqlen_q;
-    align_params params = {mask, mask, num_rows, args->seqlen_q, copy.heads, (int)args->seqlen_k};
+    const int64_t down = (args->seqlen_q + ALIGN_ROWS - 1) / ALIGN_ROWS;
+    const int64_t wide = (args->seqlen_k + ALIGN_COLUMNS - 1) / ALIGN_COLUMNS;
+    const int64_t num_pieces = copy.batch * copy.heads * down * wide;
+    align_params params = {mask,
+                           mask,
+                           (uint32_t)num_pieces,
+                           (uint32_t)(down * wide),
+                           (uint32_t)wide,
+                           (uint32_t)copy.heads,
+                           (int)args->seqlen_q,
+                           (int)args->seqlen_k};
     params.copy.data = workspace;
     params.copy.strides[0] = mask.strides[0] == 0 ? 0 : copy.heads * args->seqlen_q * pitch;
     params.copy.strides[1] = mask.strides[1] == 0 ? 0 : args->seqlen_q * pitch;
     params.copy.strides[2] = pitch;
     params.copy.strides[3] = 1;
-    const launch_shape shape = {params.num_rows < MOST_ALIGN_BLOCKS ? params.num_rows : MOST_ALIGN_BLOCKS,
-                                ALIGN_THREADS, 0, 0};
+    const launch_shape shape = {num_pieces < MOST_ALIGN_BLOCKS ? num_pieces : MOST_ALIGN_BLOCKS, 32 * ALIGN_WARPS, 0,
+                                0};
     args->attn_mask = params.copy;
     return bytes == 1   ? launch<align_kernel<uint8_t>>(shape, stream, params)
            : bytes == 2 ? launch<align_kernel<uint16_t>>(shape, stream, params)

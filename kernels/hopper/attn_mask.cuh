@@ -271,28 +271,33 @@ template <class T, int ROWS> struct mask_tiles {
         }
     }
 
-    /* Words of 32 bits, of a number or more; four rows' loads before their stores. Rows past the end are the last. */
+    /* Words of 32 bits, of a number or more; four rows' loads before their stores, and none of them under a condition,
+     * or each would be waited for by itself. Rows past the end are the last, keys likewise. */
     template <class M>
     __device__ __forceinline__ void copy_rows(uint8_t *tile, const tile_work &work, int first_row, int key) const
     {
         using element = typename M::element;
         constexpr int EACH = 4 / (int)sizeof(element), WORDS = BLOCK_N / EACH, PER_LANE = (WORDS + 31) / 32;
         constexpr int AT_ONCE = 4;
-        const int lane = threadIdx.x % 32, last = all.seqlen_q - 1, keys = min(BLOCK_N, all.seqlen_k - key);
-        const auto *from = row_of<const element>(mask, work.batch, work.head, 0) + key * mask.strides[3];
+        const int lane = threadIdx.x % 32, last_row = all.seqlen_q - 1, last_key = all.seqlen_k - 1;
+        const auto *from = row_of<const element>(mask, work.batch, work.head, 0);
+        int64_t keys[PER_LANE][EACH];
+#pragma unroll
+        for (int w = 0; w < PER_LANE; w++) {
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                keys[w][e] = min(key + (lane + 32 * w) * EACH + e, last_key) * mask.strides[3];
+        }
 #pragma unroll 1
         for (int i = 0; i < ROWS; i += AT_ONCE) {
             element each[AT_ONCE][PER_LANE][EACH];
 #pragma unroll
             for (int r = 0; r < AT_ONCE; r++) {
-                const auto *row = from + min(first_row + i + r, last) * mask.strides[2];
+                const auto *row = from + min(first_row + i + r, last_row) * mask.strides[2];
 #pragma unroll
                 for (int w = 0; w < PER_LANE; w++) {
 #pragma unroll
-                    for (int e = 0; e < EACH; e++) {
-                        const int column = (lane + 32 * w) * EACH + e;
-                        each[r][w][e] = column < keys ? row[column * mask.strides[3]] : element(0);
-                    }
+                    for (int e = 0; e < EACH; e++) each[r][w][e] = row[keys[w][e]];
                 }
             }
 #pragma unroll
