@@ -155,13 +155,6 @@ static struct needs needs_of(const fc_forward_args *args)
     return (struct needs){mask_class(args), fc_hopper_reads(args)};
 }
 
-/* Short calls have no rows of their own for a bias. */
-static bool is_for_bias(const fc_kernel *kernel, const struct needs *needs)
-{
-    return needs->mask == fc_mask_biased && kernel->mask == fc_mask_general &&
-           kernel->family_id == fc_family_hopper_short;
-}
-
 static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const fc_forward_args *args,
                    const struct needs *needs)
 {
@@ -169,7 +162,7 @@ static bool serves(const fc_kernel *kernel, const fc_attention_problem *p, const
     if (args->head_dim > kernel->head_dim || args->head_dim_v > kernel->head_dim) return false;
     if (p->block_m != 0 && p->block_m != kernel->block_m) return false;
     if (p->block_n != 0 && p->block_n != kernel->block_n) return false;
-    if (kernel->mask != fc_mask_any && kernel->mask != needs->mask && !is_for_bias(kernel, needs)) return false;
+    if (kernel->mask != fc_mask_any && kernel->mask != needs->mask) return false;
     if (!is_of_hopper(kernel)) return true;
     if (!needs->hopper_reads || args->keep_scale != 0 ||
         num_tiles(args, kernel) > INT32_MAX / FC_HOPPER_SHORT_MOST_SPLITS)

@@ -29,7 +29,7 @@ bool fc_hopper_short_serves(const fc_forward_args *args, const fc_kernel *kernel
 
 static bool has_masks(const fc_kernel *kernel)
 {
-    return kernel->mask == fc_mask_unbiased || kernel->mask == fc_mask_general;
+    return kernel->mask == fc_mask_unbiased || kernel->mask == fc_mask_biased || kernel->mask == fc_mask_general;
 }
 
 /* Blocks that a multiprocessor holds, by registers (as the kernel bounds them) and by shared memory. */
@@ -67,8 +67,8 @@ static double share_of_longest(const fc_forward_args *args, const fc_kernel *ker
  * Cycles beyond what every call costs. A warpgroup alone takes some 600 and then 850 for 64 keys or 1300 for 128; the
  * second of its block adds some 770 and 3 or 6 a key, each further block 600 (250 of the smallest, four of which fit)
  * and 0.10 a row and key, and joining parts 600 for each. Each further turn of a multiprocessor costs 6500 more; where
- * a mask makes tiles unequal the long ones come first, and short ones fill the gaps, so turns need not be whole.
- * Measured on an H100 (docs/hopper_short.md).
+ * a mask makes tiles unequal the long ones come first, and short ones fill the gaps, so turns need not be whole. To add
+ * a bias takes 30% more. Measured on an H100 (docs/hopper_short.md).
  */
 static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const struct layout *of, double share)
 {
@@ -82,7 +82,8 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     if (kernel->block_m > 64) alone += 770 + (is_wide ? 6.2 : 3.2) * keys;
     bool is_small = kernel->block_m == 64 && !is_wide && kernel->head_dim <= 64 && kernel->mask == fc_mask_full;
     double beside = (double)(together - 1) * ((is_small ? 250 : 600) + 0.10 * kernel->block_m * keys * share);
-    double weight = fc_hopper_weight(kernel), join = of->splits > 1 ? 600 * (double)of->splits : 0;
+    double weight = fc_hopper_weight(kernel) * (kernel->mask == fc_mask_biased ? 1.3 : 1);
+    double join = of->splits > 1 ? 600 * (double)of->splits : 0;
     return (alone + beside + join) * weight + more_turns * ((alone * share + beside + join) * weight + 6500);
 }
 

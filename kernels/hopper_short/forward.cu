@@ -305,8 +305,10 @@ extern "C" int FC_NAME(forward)(const fc_forward_args *args, const fc_launch *la
     const int num_splits = launch->plan.num_splits;
     const fc_hopper_short_smem smem = fc_hopper_short_smem_of(args, HEAD_DIM, BLOCK_M, BLOCK_N, num_splits);
     int smem_bytes = (int)smem.bytes;
-    if (launch->blocks_per_sm > 0) /* so much that no more blocks fit */
-        smem_bytes = std::max(smem_bytes, FC_HOPPER_SM_SMEM_BYTES / launch->blocks_per_sm - 1024);
+    /* So much that no more blocks fit. Where a mask's kernel has registers to spare for one more than the planner
+     * counts on, those of two calls would crowd. */
+    const int most_blocks = launch->blocks_per_sm > 0 ? launch->blocks_per_sm : HAS_MASKS ? BLOCKS_THAT_FIT : 0;
+    if (most_blocks > 0) smem_bytes = std::max(smem_bytes, FC_HOPPER_SM_SMEM_BYTES / most_blocks - 1024);
     const fc::schedule schedule(*args, *launch);
     forward_params params = {{},
                              {},
