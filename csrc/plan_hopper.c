@@ -12,6 +12,7 @@
  * next call of these sizes.
  */
 #include "internal.h"
+#include <math.h>
 #include <stdatomic.h>
 
 /* One array: rows of 16-byte pieces, none of them backwards; rows and keys are 32-bit numbers, and their sums too. */
@@ -124,7 +125,7 @@ struct trial {
     int64_t heads, at_once, row_tiles;
     int64_t in_cache; /* heads whose keys fill 65% of the L2 cache */
     enum order order;
-    double best;
+    double best, evenness; /* the best score, and what of it is evenness */
 };
 
 /* Of keys beyond the cache, some come from memory as often as blocks ask at different times: up to 6% of the time. */
@@ -144,10 +145,12 @@ static void try_groups(struct trial *trial, const int64_t costs[], fc_launch *la
             struct deal whole = deal;
             deal_group(&whole, costs, trial->row_tiles, rest, true);
             double share = (double)rest / (double)trial->heads;
-            double score = evenness(&whole) - cache_loss(trial, at_once, blocks) * (1 - share) -
+            double even = evenness(&whole);
+            double score = even - cache_loss(trial, at_once, blocks) * (1 - share) -
                            cache_loss(trial, rest, blocks) * share - (trial->order == DOWN ? 0 : ALTERNATING_LOSES);
             if (score > trial->best + CLEARLY) { /* or else as good as equal: the earlier one */
                 trial->best = score;
+                trial->evenness = even;
                 launch->heads_at_once = at_once;
                 launch->num_groups = group + 1;
                 launch->groups_alternate = trial->order != DOWN;
@@ -157,34 +160,35 @@ static void try_groups(struct trial *trial, const int64_t costs[], fc_launch *la
     }
 }
 
-/* Sets heads_at_once, num_groups, of which the last takes the rest of the heads, and groups_alternate. */
-static void choose_groups(const fc_forward_args *args, const fc_device *device, const fc_kernel *kernel,
-                          fc_launch *launch)
+/* Sets heads_at_once, num_groups, of which the last takes the rest of the heads, and groups_alternate. Returns how even
+ * the blocks' loads are; 1 where that is not looked at. */
+static double choose_groups(const fc_forward_args *args, const fc_device *device, const fc_kernel *kernel,
+                            fc_launch *launch)
 {
     int64_t heads = args->batch * args->num_heads_q, row_tiles = fc_divide_up(args->seqlen_q, kernel->block_m);
     int64_t blocks = launch->plan.num_blocks;
     launch->heads_at_once = blocks < 4 ? 1 : blocks / 4;
     if (launch->heads_at_once > heads) launch->heads_at_once = heads;
     launch->num_groups = heads / launch->heads_at_once;
-    if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || launch->plan.num_tiles > blocks * MOST_ROUNDS) return;
+    if (row_tiles > MOST_ROW_TILES || blocks > MOST_BLOCKS || launch->plan.num_tiles > blocks * MOST_ROUNDS) return 1;
 
-    /* 40 bits of a fingerprint, one of groups_alternate, 7 of heads_at_once, 16 of num_groups: enough for the tiles
-     * that MOST_ROUNDS and MOST_BLOCKS allow. */
+    /* 32 bits of a fingerprint, 8 of evenness, one of groups_alternate, 7 of heads_at_once, 16 of num_groups: enough
+     * for the tiles that MOST_ROUNDS and MOST_BLOCKS allow. */
     static _Atomic uint64_t memo[MEMO];
     uint64_t print = fingerprint(args, device, kernel->block_m, blocks);
     _Atomic uint64_t *entry = &memo[print % MEMO];
     uint64_t known = atomic_load_explicit(entry, memory_order_relaxed);
     int64_t known_at_once = (int64_t)(known >> 16 & 0x7f), known_groups = (int64_t)(known & 0xffff);
-    if (known >> 24 == print >> 24 && known_groups > 0 && known_at_once * (known_groups - 1) < heads) {
+    if (known >> 32 == print >> 32 && known_groups > 0 && known_at_once * (known_groups - 1) < heads) {
         launch->heads_at_once = known_at_once;
         launch->num_groups = known_groups;
         launch->groups_alternate = known >> 23 & 1;
-        return;
+        return (double)(known >> 24 & 0xff) / 255;
     }
 
     int64_t costs[MOST_ROW_TILES], bytes = 2 * args->seqlen_k * (args->head_dim + args->head_dim_v); /* a kv head's */
     find_costs(args, kernel, row_tiles, costs);
-    struct trial trial = {.heads = heads, .row_tiles = row_tiles, .in_cache = heads, .best = -1};
+    struct trial trial = {.heads = heads, .row_tiles = row_tiles, .in_cache = heads, .best = -1, .evenness = 1};
     if (bytes > 0) trial.in_cache = device->l2_bytes * 13 / 20 / bytes * (args->num_heads_q / args->num_heads_kv);
     for (trial.order = DOWN; trial.order <= DOWN_AND_UP; trial.order++) {
         double most = trial.order == DOWN ? 1 : 1 - ALTERNATING_LOSES;
@@ -194,9 +198,11 @@ static void choose_groups(const fc_forward_args *args, const fc_device *device, 
             try_groups(&trial, costs, launch);
         }
     }
-    known = print >> 24 << 24 | (uint64_t)launch->groups_alternate << 23 | (uint64_t)launch->heads_at_once << 16 |
-            (uint64_t)launch->num_groups;
+    uint64_t evenness_255 = (uint64_t)(trial.evenness * 255 + 0.5);
+    known = print >> 32 << 32 | evenness_255 << 24 | (uint64_t)launch->groups_alternate << 23 |
+            (uint64_t)launch->heads_at_once << 16 | (uint64_t)launch->num_groups;
     atomic_store_explicit(entry, known, memory_order_relaxed);
+    return (double)evenness_255 / 255;
 }
 
 void fc_hopper_group_by_keys(const fc_forward_args *args, fc_launch *launch)
@@ -246,7 +252,7 @@ static double pace(const fc_forward_args *args, const fc_kernel *kernel)
 /* Cycles beyond what every call costs: those of the block with the most to do, 0.088 a row and key, where a tile's own
  * cost is that of 256 keys, or of 320 where tiles have 128: fitted to whole calls on an H100, whose first tiles wait
  * for memory and whose blocks end unevenly. What tiles cost beside each other is less (find_costs). */
-static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan)
+static double estimate(const fc_forward_args *args, const fc_kernel *kernel, const fc_plan *plan, double evenness)
 {
     int64_t row_tiles = plan->num_tiles / (args->batch * args->num_heads_q);
     int64_t rounds = fc_divide_up(plan->num_tiles, plan->num_blocks);
@@ -254,8 +260,10 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
     bool is_window = fc_is_narrow_window(args);
     if (!fc_is_open_left(args) || !fc_is_open_right(args)) {
         double most, mean = fc_hopper_mean_keys(args, kernel->block_m, row_tiles, &most);
-        /* A narrow window's tiles are alike; others differ, and are dealt evenly. */
-        load = (own + mean) * (is_window ? (double)rounds : (double)plan->num_tiles / (double)plan->num_blocks);
+        /* A narrow window's tiles are alike; others differ, and are dealt as evenly as may be: the 0.088 were fitted
+         * to calls that are so to 0.94. */
+        double tiles = (double)plan->num_tiles / (double)plan->num_blocks;
+        load = (own + mean) * (is_window ? (double)rounds : tiles * fmax(1, 0.94 / evenness));
         if (load < own + most) load = own + most;
     }
     return 1000 + 0.088 * load * kernel->block_m * pace(args, kernel) * fc_hopper_weight(kernel);
@@ -276,10 +284,10 @@ double fc_hopper_plan_blocks(const fc_forward_args *args, const fc_kernel *kerne
     fc_plan *plan = &launch->plan;
     if (device->num_sms > 0 && plan->num_blocks > device->num_sms) plan->num_blocks = device->num_sms;
     plan->workspace_bytes = mask_copy_bytes(args);
-    if (fc_is_open_left(args) && fc_is_open_right(args)) {
+    double evenness = 1;
+    if (fc_is_open_left(args) && fc_is_open_right(args))
         fc_hopper_group_by_keys(args, launch);
-    } else {
-        choose_groups(args, device, kernel, launch);
-    }
-    return estimate(args, kernel, plan);
+    else
+        evenness = choose_groups(args, device, kernel, launch);
+    return estimate(args, kernel, plan, evenness);
 }

@@ -305,7 +305,9 @@ def test_causal_heads_at_once_keep_their_keys_in_the_cache(heads_kv: int, most: 
 def test_a_later_size_of_groups_must_gain_clearly() -> None:
     """Smaller groups, or ones that alternate, would be more even here by less than 2%."""
     sizes = {"batch": 8, "num_heads_q": 12, "num_heads_kv": 12, "seqlen_q": 3000, "seqlen_k": 3000}
-    launch = emulated.launch_of(capi.shapes_only(**sizes, flags=CAUSAL, kernel=b"hopper"), num_sms=114)
+    launch = emulated.launch_of(
+        capi.shapes_only(**sizes, flags=CAUSAL, kernel=b"hopper_float16_d64_band_192x128"), num_sms=114
+    )
     assert (launch.heads_at_once, launch.groups_alternate) == (2 * 114 // 11, False)
 
 
@@ -442,6 +444,9 @@ def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
         (4, 1, 700, 0, "hopper_short_float16_d64_full_64x128", 2, 88),  # of which no two fit on a multiprocessor
         (8, 32, 256, CAUSAL, "hopper_short_float16_d64_band_128x64", 1, 512),  # short tiles fill the gaps
         (1, 8, 4096, CAUSAL, "hopper_float16_d64_band_128x128", 1, 132),  # no block is done before the longest tile
+        (8, 12, 512, CAUSAL, "hopper_float16_d64_band_192x128", 1, 132),  # 256 rows would not come out even
+        (1, 8, 8192, CAUSAL, "hopper_float16_d64_band_256x64", 1, 132),  # and here 192
+        (16, 12, 512, CAUSAL, "hopper_float16_d64_band_256x64", 1, 132),
     ],
 )
 def test_short_or_long(batch: int, heads: int, seqlen: int, flags: int, name: str, splits: int, blocks: int) -> None:
