@@ -4,7 +4,8 @@
  *
  *     barrier                completes by                                         means
  *     query_full[p][stage]   its copies: 1 arrival, then their bytes              part p of query may be read
- *     query_empty[p][stage]  every warp that reads it, after the tile's last q.k  it may be overwritten
+ *     query_empty[p][stage]  every warp that reads it (with masks, each lane),    it may be overwritten
+ *                            after the tile's last q.k
  *     key_full[stage]        its copies                                           this key tile may be read
  *     key_empty[stage]       every computing warp, after its q.k of it            it may be overwritten
  *     value_full, value_empty: likewise, p.v
@@ -79,6 +80,10 @@ static_assert((BLOCK_M - 64 + BLOCK_N - 1) / BLOCK_N < VALUE_STAGES, "meanwhile 
 /* A second stage has the next tile's query meanwhile. Where there is none, each warpgroup's rows come by themselves:
  * the first ones as soon as that warpgroup is done with those before (with masks, when all are). */
 constexpr int QUERY_PARTS = QUERY_STAGES == 1 ? WARPGROUPS : 1, QUERY_ROWS = BLOCK_M / QUERY_PARTS;
+
+/* Of a warp, those that let go of query: with masks each, which has read beside it what is shown to all rows, since
+ * racecheck does not see that a warp is in step. */
+constexpr int QUERY_LANES = HAS_MASKS ? 32 : 1;
 
 /* Where a warpgroup's finished rows lie, and which barrier hears that they have been copied. */
 struct out_room {
@@ -174,7 +179,7 @@ static __device__ __forceinline__ void init_ring(const uint64_t (&full)[COUNT], 
 static __device__ __forceinline__ void init_barriers(const forward_params &params, shared_memory &smem)
 {
     for (int part = 0; part < QUERY_PARTS; part++)
-        init_ring(smem.query_full[part], smem.query_empty[part], 4 * WARPGROUPS / QUERY_PARTS);
+        init_ring(smem.query_full[part], smem.query_empty[part], 4 * QUERY_LANES * WARPGROUPS / QUERY_PARTS);
     init_ring(smem.key_full, smem.key_empty, 4 * WARPGROUPS);
     init_ring(smem.value_full, smem.value_empty, 4 * WARPGROUPS);
     for (int w = 0; w < (COPIES_OUT ? WARPGROUPS : 0); w++) {

@@ -108,17 +108,11 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         stages.next();
     };
 
-    /* What attn_mask leaves to all rows. One lane reads it, the one that lets go of it with query: racecheck does not
-     * see that a warp is in step. */
-    const auto read_shown = [&] {
-        fc::shown_keys shown = {};
-        if (lane == 0) shown = smem.shown[queries.stage];
-        return fc::shown_keys{__shfl_sync(0xffffffffu, shown.first, 0), __shfl_sync(0xffffffffu, shown.end, 0),
-                              __any_sync(0xffffffffu, shown.is_plain) != 0};
-    };
     /* After the tile's last q.k; where out has that room after, the thread that has it copied does. */
     const auto let_go_query = [&] {
-        if (!OUT_IN_QUERY) let_go(smem.query_empty[part], queries);
+        if (OUT_IN_QUERY) return;
+        if (lane < QUERY_LANES) mbarrier_arrive(at(smem.query_empty[part][queries.stage]));
+        queries.next();
     };
     /* Waits for the room of this warpgroup's rows of out. Of keys and values the stage that is the other's is passed
      * unwaited: a tile that is waited for lies between it and the next use of its barrier. */
@@ -238,7 +232,9 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
         if (has_query) wait_for(smem.query_full[part], queries);
         fc::shown_keys shown = {};
         if (has_query && HAS_MASKS) {
-            shown = read_shown();
+            shown.first = __shfl_sync(0xffffffffu, smem.shown[queries.stage].first, 0);
+            shown.end = __shfl_sync(0xffffffffu, smem.shown[queries.stage].end, 0);
+            shown.is_plain = __all_sync(0xffffffffu, smem.shown[queries.stage].is_plain);
             fc::narrow(work, shown);
         }
         fc::rows_view view(params.schedule, work, warpgroup);
@@ -302,7 +298,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
                 };
                 /* Read again where a tile is cut, so that no registers hold them meanwhile. */
                 const auto left = [&](int column) {
-                    const fc::shown_keys keys = read_shown();
+                    const fc::shown_keys &keys = smem.shown[queries.stage];
                     return fc::columns_between(keys.first - column, keys.end - column);
                 };
                 options.apply(s, j, is_cut, left, shows, mask, 16 * warp);
