@@ -103,16 +103,14 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const auto wait_for = [&](const uint64_t *full, const auto &stages) {
         mbarrier_wait(at(full[stages.stage]), stages.phase);
     };
-    const auto let_go = [&](const uint64_t *empty, auto &stages) {
-        if (lane == 0) mbarrier_arrive(at(empty[stages.stage]));
+    const auto let_go = [&](const uint64_t *empty, auto &stages, int lanes = 1) {
+        if (lane < lanes) mbarrier_arrive(at(empty[stages.stage]));
         stages.next();
     };
 
     /* After the tile's last q.k; where out has that room after, the thread that has it copied does. */
     const auto let_go_query = [&] {
-        if (OUT_IN_QUERY) return;
-        if (lane < QUERY_LANES) mbarrier_arrive(at(smem.query_empty[part][queries.stage]));
-        queries.next();
+        if (!OUT_IN_QUERY) let_go(smem.query_empty[part], queries, QUERY_LANES);
     };
     /* Waits for the room of this warpgroup's rows of out. Of keys and values the stage that is the other's is passed
      * unwaited: a tile that is waited for lies between it and the next use of its barrier. */
