@@ -77,9 +77,10 @@ static_assert(VALUE_STAGES >= 2, "one tile is copied while another is read");
 /* A warpgroup lets go of the keys that only later rows of the tile see, and of their values a little later. */
 static_assert((BLOCK_M - 64 + BLOCK_N - 1) / BLOCK_N < VALUE_STAGES, "meanwhile the copies go on");
 
-/* A second stage has the next tile's query meanwhile. Where there is none, each warpgroup's rows come by themselves:
- * the first ones as soon as that warpgroup is done with those before (with masks, when all are). */
-constexpr int QUERY_PARTS = QUERY_STAGES == 1 ? WARPGROUPS : 1, QUERY_ROWS = BLOCK_M / QUERY_PARTS;
+/* Each warpgroup's rows come by themselves, so that the first products wait for 64 rows, not for all: in a call's first
+ * tiles, and where there is one stage, as soon as that warpgroup is done with those before (with masks, when all are).
+ * With masks and a second stage they come together, as what is shown to all of them does. */
+constexpr int QUERY_PARTS = HAS_MASKS && QUERY_STAGES == 2 ? 1 : WARPGROUPS, QUERY_ROWS = BLOCK_M / QUERY_PARTS;
 
 /* Of a warp, those that let go of query: with masks each, which has read beside it what is shown to all rows, since
  * racecheck does not see that a warp is in step. */
@@ -115,7 +116,7 @@ static_assert(sizeof(shared_memory) <= FC_HOPPER_BLOCK_SMEM_BYTES, "a block's sh
  * last, or, where that has room for one warpgroup's rows alone, one of keys for the other's. */
 constexpr bool COPIES_OUT = !HAS_MASKS, OUT_IN_QUERY = COPIES_OUT && QUERY_STAGES == 2;
 constexpr bool OUT_IN_VALUES = COPIES_OUT && !OUT_IN_QUERY, OUT_IN_KEYS = OUT_IN_VALUES && BLOCK_M > BLOCK_N;
-constexpr int OUT_SLAB_BYTES = (OUT_IN_QUERY ? BLOCK_M : BLOCK_N) * 128; /* from a slab of its rows to the next */
+constexpr int OUT_SLAB_BYTES = (OUT_IN_QUERY ? QUERY_ROWS : BLOCK_N) * 128; /* from a slab of its rows to the next */
 static_assert(!OUT_IN_VALUES || BLOCK_M == BLOCK_N || (WARPGROUPS == 2 && BLOCK_N == 64), "each has room for its rows");
 
 struct forward_params {

@@ -117,8 +117,7 @@ static __device__ __forceinline__ void consume(const forward_params &params, sha
     const auto take_room = [&] {
         out_room room;
         if constexpr (OUT_IN_QUERY) {
-            room = {shared_address(smem.query[queries.stage][0][0][row_of_part]),
-                    at(smem.query_empty[0][queries.stage])};
+            room = {shared_address(smem.query[queries.stage][part][0][0]), at(smem.query_empty[part][queries.stage])};
             queries.next();
             return room;
         }
