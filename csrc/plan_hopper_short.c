@@ -90,14 +90,16 @@ static double estimate(const fc_forward_args *args, const fc_kernel *kernel, con
 /*
  * Has every multiprocessor get as many blocks. Those of a dependent launch are placed while the kernels before it hold
  * some multiprocessors more than others, and crowd on the rest. So blocks without a tile fill up the grid, and of those
- * that fit on a multiprocessor only so many may that whole calls do, or two calls' where clusters are large. Gains
- * nothing where no more fit anyway, or where the grid is small; with masks, nothing beyond one block each.
+ * that fit on a multiprocessor only this call's may: what the next call's would fetch ahead of their turn delays these.
+ * Clusters let two calls' in, if they are large or nearly fill the machine alike: a cluster waits for neighbours, of
+ * whom few become free at once. Gains nothing where no more fit anyway; with masks, nothing beyond one block each.
  */
 static void lay_evenly(fc_launch *launch, const fc_kernel *kernel, const struct layout *of)
 {
-    if (of->per_sm >= of->fit || 8 * launch->plan.num_blocks < of->sms || (has_masks(kernel) && of->per_sm > 1)) return;
-    int64_t calls = of->fit / of->per_sm;
-    if (of->splits > 2 && calls > 2) calls = 2;
+    if (of->per_sm >= of->fit || (has_masks(kernel) && of->per_sm > 1)) return;
+    bool fills = 8 * launch->plan.num_blocks > 7 * of->sms && kernel->mask == fc_mask_full;
+    bool waits = of->splits > 2 || (of->splits > 1 && fills);
+    int64_t calls = waits && of->fit >= 2 * of->per_sm ? 2 : 1;
     launch->plan.num_blocks = of->per_sm * of->sms / of->splits * of->splits;
     launch->blocks_per_sm = (int32_t)(calls * of->per_sm);
 }

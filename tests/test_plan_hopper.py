@@ -420,7 +420,7 @@ def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
 @pytest.mark.parametrize(
     "batch,heads,seqlen,flags,name,splits,blocks",
     [
-        (1, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 16),
+        (1, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 132),
         (8, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 132),
         (16, 8, 128, 0, "hopper_short_float16_d64_full_64x128", 1, 264),
         (32, 8, 128, 0, "hopper_short_float16_d64_full_64x64", 1, 512),
@@ -437,10 +437,10 @@ def test_a_choice_is_not_mistaken_for_that_of_other_sizes() -> None:
         (1, 8, 2048, 0, "hopper_float16_d64_full_128x128", 1, 128),
         (8, 32, 2048, 0, "hopper_float16_d64_full_256x64", 1, 132),
         (1, 32, 16384, 0, "hopper_float16_d64_full_192x128", 1, 132),
-        (1, 8, 128, CAUSAL, "hopper_short_float16_d64_band_64x128", 1, 16),
+        (1, 8, 128, CAUSAL, "hopper_short_float16_d64_band_64x128", 1, 132),
         (8, 8, 256, CAUSAL, "hopper_short_float16_d64_band_64x128", 1, 264),
         (1, 1, 512, CAUSAL, "hopper_short_float16_d64_band_64x128", 4, 132),
-        (1, 1, 300, 0, "hopper_short_float16_d64_full_64x64", 2, 10),  # four would have less than 128 keys each
+        (1, 1, 300, 0, "hopper_short_float16_d64_full_64x64", 2, 132),  # four would have less than 128 keys each
         (4, 1, 700, 0, "hopper_short_float16_d64_full_64x128", 2, 88),  # of which no two fit on a multiprocessor
         (8, 32, 256, CAUSAL, "hopper_short_float16_d64_band_128x64", 1, 512),  # short tiles fill the gaps
         (1, 8, 4096, CAUSAL, "hopper_float16_d64_band_128x128", 1, 132),  # no block is done before the longest tile
@@ -497,7 +497,21 @@ def test_large_clusters_leave_room_for_one_more_call() -> None:
 
 
 @needs_compilers
-@pytest.mark.parametrize("heads,blocks,per_sm", [(4, 64, 2), (12, 72, 0)])
+@needs_hopper_build
+@pytest.mark.parametrize("flags,calls", [(0, 2), (CAUSAL, 1)])
+def test_pairs_that_fill_the_machine_leave_room_for_one_more_call(flags: int, calls: int) -> None:
+    """Where tiles are alike: a pair waits for two neighbours, which few blocks leave at once."""
+    launch = emulated.launch_of(
+        capi.shapes_only(
+            batch=1, num_heads_q=8, num_heads_kv=8, seqlen_q=512, seqlen_k=512, flags=flags,
+            kernel=f"hopper_short_float16_d64_{'band' if flags else 'full'}_64x128".encode(),
+        )
+    )  # fmt: skip
+    assert (launch.plan.num_splits, launch.plan.num_blocks, launch.blocks_per_sm) == (2, 132, calls)
+
+
+@needs_compilers
+@pytest.mark.parametrize("heads,blocks,per_sm", [(4, 64, 1), (12, 72, 0)])
 def test_grids_with_masks_are_filled_up_to_one_block_each(heads: int, blocks: int, per_sm: int) -> None:
     problem = capi.shapes_only(
         num_heads_q=heads, num_heads_kv=heads, seqlen_q=192, seqlen_k=128, kernel=b"hopper_short"
