@@ -8,7 +8,6 @@ launcher is told.
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 import tempfile
@@ -19,12 +18,12 @@ from typing import Any
 
 import capi
 import numpy as np
+import variants
 from reference import Array
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("tests/emulator", "kernels", "include", "csrc")]
 DEFINES = ["-DFC_WITH_CUDA=1", "-DFC_BUILD_90A=1", '-DFC_CUDA_ARCHS="90a"']
-COLUMNS = ("FC_FAMILY", "FC_DTYPE", "FC_HEAD_DIM", "FC_MASK", "FC_BLOCK_M", "FC_BLOCK_N", "FC_THREADS")
 
 
 class Launch(ctypes.Structure):
@@ -48,16 +47,14 @@ def build(folder: Path, family: str) -> Any:
     """Compiles every row of the family, two at a time, and loads them with the planner: some 20 seconds. The family ""
     has none: 2 seconds."""
     jobs = []
-    rows = re.findall(r"^FC_(BACKWARD_)?VARIANT\(([^)]*)\)", (ROOT / "kernels/variants.def").read_text(), re.M)
-    for backward, row in rows:
-        values = [column.strip() for column in row.split(",")]
-        if values[0] != family:
+    for variant in variants.read("forward") + variants.read("backward"):
+        if variant.family != family:
             continue
-        op = "backward" if backward else "forward"
-        name = "_".join([op, *values[:6]])
+        name = f"{variant.op}_{variant.name}"
+        columns = {field: value for field, value in variant._asdict().items() if field not in ("op", "arch")}
         # A namespace of its own, since all rows have functions of the same names.
-        defines = [f"-D{key}={value}" for key, value in zip(COLUMNS, values, strict=False)] + [f"-Dfc=fc_{name}"]
-        jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / f"kernels/{family}/{op}.cu"), *defines, name])
+        defines = [f"-DFC_{field.upper()}={value}" for field, value in columns.items()] + [f"-Dfc=fc_{name}"]
+        jobs.append(["g++", "-std=c++17", "-x", "c++", str(ROOT / f"kernels/{family}/{variant.op}.cu"), *defines, name])
     jobs.append(["g++", "-std=c++17", str(ROOT / "tests/emulator/emulator.cpp"), "emulator"])
     for name in (
         "check",

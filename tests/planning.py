@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 from typing import Any
 
 import capi
 import emulated
 import pytest
+import variants
 from capi import CPU, FLOAT32, OK, Plan, Problem
 
 import flashcore
@@ -22,11 +22,11 @@ ARCHS = capi.library().fc_cuda_archs().decode()
 HOPPER_KERNELS = [name for name in CUDA_KERNELS if name.startswith("hopper_")]
 HOPPER = capi.gpu_device(90)
 SLOW_NO_FAST_KERNEL, SLOW_BACKWARD = 1, 2
-VARIANTS = Path(__file__).parent.parent / "kernels" / "variants.def"
 
 needs_x86 = pytest.mark.skipif("cpu_avx2" not in CPU_KERNELS, reason="AVX kernels are built for x86-64 alone")
 needs_cuda_build = pytest.mark.skipif(not CUDA_KERNELS, reason="this build has no CUDA kernels")
 needs_hopper_build = pytest.mark.skipif(not HOPPER_KERNELS, reason="this build has no kernels for sm_90a")
+needs_sources = pytest.mark.skipif(not variants.FILE.exists(), reason="needs the source tree")
 needs_compilers = pytest.mark.skipif(bool(emulated.lacks()), reason=emulated.lacks())
 
 

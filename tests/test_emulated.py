@@ -5,7 +5,6 @@ What holds for every call runs on both families; hopper_short may pass where a h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ import emulated
 import numpy as np
 import pytest
 import reference
+import variants
 from cases import DTYPES, Case
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -58,18 +58,14 @@ def test_case(hopper: Any, case: Case, dtype: str) -> None:
     cases.expected(case, DTYPES[dtype]).check(*result)
 
 
-ROWS = [
-    [column.strip() for column in row.split(",")]
-    for row in re.findall(r"^FC_VARIANT\((hopper[^)]*)\)", (emulated.ROOT / "kernels/variants.def").read_text(), re.M)
-]
+ROWS = [variant for variant in variants.read("forward") if variant.family.startswith("hopper")]
 
 
-@pytest.mark.parametrize("row", ROWS, ids="_".join)
-def test_every_row(row: list[str]) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row(row: variants.Variant) -> None:
     """Around the edges of its tiles, with padded columns and grouped heads; and keys that a cluster shares."""
-    family, dtype, dim, mask, block_m, block_n, *_ = row
-    kernel = f"{family}_{dtype}_d{dim}_{mask}_{block_m}x{block_n}".encode()
-    m, n, d = int(block_m), int(block_n), int(dim)
+    family, dtype, mask = row.family, row.dtype, row.mask
+    m, n, d = row.block_m, row.block_n, row.head_dim
     splits = set()
     for rows, keys in [
         (m + 1, 2 * n),
@@ -92,7 +88,7 @@ def test_every_row(row: list[str]) -> None:
             options |= {"softcap": 5.0, "alibi_slopes": np.float32([0.5, 0.1])}
         launches: list[emulated.Launch] = []
         result = emulated.attention(
-            emulated.library(family), q, k, v, kernel=kernel, num_sms=132, launches=launches, **options
+            emulated.library(family), q, k, v, kernel=row.name.encode(), num_sms=132, launches=launches, **options
         )
         if result is None:
             assert family == "hopper_short" and keys * d > 30_000, "no more than that fits"
@@ -103,37 +99,35 @@ def test_every_row(row: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in ROWS if row[0] == "hopper" and row[3] in ("full", "band")], ids="_".join
+    "row", [row for row in ROWS if row.family == "hopper" and row.mask in ("full", "band")], ids=lambda row: row.name
 )
-def test_every_row_of_many_tiles(row: list[str]) -> None:
+def test_every_row_of_many_tiles(row: variants.Variant) -> None:
     """For each block, which then sends out by way of shared memory. Bands hide the first rows from warpgroups, or whole
     tiles, whatever values lie there; four warpgroups take turns in a causal call and not in a window; out may have no
     columns in a slab, or be out of the copy engine's reach."""
-    family, dtype, dim, mask, block_m, block_n, *_ = row
-    kernel = f"{family}_{dtype}_d{dim}_{mask}_{block_m}x{block_n}".encode()
-    rows = 2 * int(block_m) + 9
+    kernel, dtype, dim, mask = row.name.encode(), row.dtype, row.head_dim, row.mask
+    library = emulated.library(row.family)
+    rows = 2 * row.block_m + 9
     causal = {"is_causal": True, "diagonal": -70}
     for dim_v, options in [
-        (int(dim) - 8, {} if mask == "full" else causal),
-        (int(dim) // 2 - 8, {} if mask == "full" else {"window": (150, 0), "diagonal": -70}),
-        (int(dim), {} if mask == "full" else causal | {"diagonal": -int(block_m) - 70}),
-        (int(dim) - 9, {} if mask == "full" else causal),
+        (dim - 8, {} if mask == "full" else causal),
+        (dim // 2 - 8, {} if mask == "full" else {"window": (150, 0), "diagonal": -70}),
+        (dim, {} if mask == "full" else causal | {"diagonal": -row.block_m - 70}),
+        (dim - 9, {} if mask == "full" else causal),
     ]:
-        q, k, v = _qkv(rows, 200, int(dim), dtype=dtype)
+        q, k, v = _qkv(rows, 200, dim, dtype=dtype)
         v = cases.place(np.ascontiguousarray(v[..., : dim_v + 1]))[..., :dim_v] if dim_v % 8 else v[..., :dim_v]
-        result = emulated.attention(emulated.library(family), q, k, v, kernel=kernel, num_sms=2, **options)
+        result = emulated.attention(library, q, k, v, kernel=kernel, num_sms=2, **options)
         assert result is not None
         reference.expect(q, k, v, **options).check(*result)
-        few = slice(int(block_n) - 3)  # one tile of keys, so that rings go round once in a few tiles of rows
-        result = emulated.attention(
-            emulated.library(family), q, k[..., few, :], v[..., few, :], kernel=kernel, num_sms=2, **options
-        )
+        few = slice(row.block_n - 3)  # one tile of keys, so that rings go round once in a few tiles of rows
+        result = emulated.attention(library, q, k[..., few, :], v[..., few, :], kernel=kernel, num_sms=2, **options)
         assert result is not None
         reference.expect(q, k[..., few, :], v[..., few, :], **options).check(*result)
         if options.get("diagonal") == -70 and dim_v % 8 == 0:
             v = v.copy()
             v[..., 1, 3] = np.nan
-            result = emulated.attention(emulated.library(family), q, k, v, kernel=kernel, num_sms=2, **options)
+            result = emulated.attention(library, q, k, v, kernel=kernel, num_sms=2, **options)
             assert result is not None
             assert (result[0][..., :70, :] == 0).all(), "they see no value"
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from typing import Any
 
 import capi
 import pytest
+import variants
 from capi import BFLOAT16, BOOL, CAUSAL, FLOAT16, FLOAT32, FLOAT64, INVALID, OK, UNSUPPORTED, Plan
 from planning import (
     CPU_KERNELS,
     CUDA_KERNELS,
     KERNELS,
-    VARIANTS,
     built_for,
     cpu,
     describe,
     name_of,
     needs_cuda_build,
+    needs_sources,
     needs_x86,
     row_of,
     some_gpu,
@@ -305,11 +305,9 @@ def test_grid_beyond_32_bits() -> None:
 
 
 @needs_cuda_build
-@pytest.mark.skipif(not VARIANTS.exists(), reason="needs the source tree")
+@needs_sources
 def test_every_row_of_variants_is_a_kernel() -> None:
-    columns = r"^FC_VARIANT\(\s*(\w+),\s*(\w+),\s*(\d+),\s*(\w+),\s*(\d+),\s*(\d+),"
-    rows = re.findall(columns, VARIANTS.read_text(), re.MULTILINE)
-    assert [f"{family}_{dtype}_d{dim}_{mask}_{m}x{n}" for family, dtype, dim, mask, m, n in rows] == CUDA_KERNELS
+    assert [variant.name for variant in variants.read("forward")] == CUDA_KERNELS
 
 
 @needs_cuda_build

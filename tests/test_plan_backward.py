@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from typing import Any
 
 import capi
 import pytest
+import variants
 from capi import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INVALID, OK, UNSUPPORTED
-from planning import CUDA_KERNELS, SLOW_BACKWARD, VARIANTS, built_for, name_of, needs_cuda_build, row_of, some_gpu
+from planning import CUDA_KERNELS, SLOW_BACKWARD, built_for, name_of, needs_cuda_build, needs_sources, row_of, some_gpu
 
 
 def backward(**fields: Any) -> capi.BackwardProblem:
@@ -153,9 +153,8 @@ def test_the_backward_runs_where_the_forward_does(capability: int) -> None:
 
 
 @needs_cuda_build
-@pytest.mark.skipif(not VARIANTS.exists(), reason="needs the source tree")
+@needs_sources
 def test_every_backward_row_is_a_forwards_other_half() -> None:
-    rows = re.findall(r"^FC_BACKWARD_VARIANT\(\s*(\w+),\s*(\w+),\s*(\d+),\s*(\w+),", VARIANTS.read_text(), re.MULTILINE)
+    rows = {variant.row for variant in variants.read("backward")}
     assert rows
-    forwards = {name.rpartition("_")[0] for name in CUDA_KERNELS}
-    assert {f"{family}_{dtype}_d{head_dim}_{mask}" for family, dtype, head_dim, mask in rows} <= forwards
+    assert rows <= {name.rpartition("_")[0] for name in CUDA_KERNELS}

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import variants
 
 ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "include" / "flashcore.h"
@@ -127,17 +128,17 @@ def test_words_of_unfinished_work() -> None:
 
 
 def test_variants_are_distinct_and_have_sources() -> None:
-    rows = re.findall(r"^FC_VARIANT\((.*)\)", (ROOT / "kernels" / "variants.def").read_text(), re.MULTILINE)
-    columns = [[word.strip() for word in row.split(",")] for row in rows]
-    assert columns
-    assert len({tuple(row[:6]) for row in columns}) == len(columns), "two rows make one kernel"
-    for family, dtype, head_dim, mask, block_m, block_n, threads, arch in columns:
-        assert (ROOT / "kernels" / family / "forward.cu").exists()
-        assert dtype in ("float16", "bfloat16", "float32")
-        assert 1 <= int(head_dim) <= 256
-        assert mask in ("any", "full", "band", "unbiased", "biased", "general")
-        assert int(block_m) % 8 == int(block_n) % 8 == int(threads) % 32 == 0
-        assert re.fullmatch(r"\d{2,3}a?", arch)
+    for op in ("forward", "backward"):
+        rows = variants.read(op)
+        assert rows
+        assert len({row.name for row in rows}) == len(rows), "two rows make one kernel"
+        for row in rows:
+            assert (ROOT / "kernels" / row.family / f"{op}.cu").exists()
+            assert row.dtype in ("float16", "bfloat16", "float32")
+            assert 1 <= row.head_dim <= 256
+            assert row.mask in ("any", "full", "band", "unbiased", "biased", "general")
+            assert row.block_m % 8 == row.block_n % 8 == row.threads % 32 == 0
+            assert re.fullmatch(r"\d{2,3}a?", row.arch)
 
 
 def test_packaged_header_is_the_header() -> None:
